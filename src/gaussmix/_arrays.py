@@ -1,0 +1,45 @@
+"""What the array API standard leaves to its users: host copies, working precision, moving between libraries."""
+
+import numpy as np
+from array_api_compat import array_namespace, device, is_cupy_array, is_torch_array, to_device
+
+from gaussmix._typing import Array, DType
+
+__all__ = ["array_namespace", "asarray_like", "device", "floating_dtype", "to_numpy", "working_dtype"]
+
+
+def to_numpy(x: Array) -> Array:
+    """A small array, or anything NumPy understands, on the host and in its own dtype; a view where one will do."""
+    if is_torch_array(x):
+        return x.detach().cpu().numpy()
+    if is_cupy_array(x):  # CuPy refuses implicit copies to the host
+        return x.get()
+    try:
+        return np.asarray(x)
+    except RuntimeError:  # an accelerator that has to be left first (array_api_strict's devices)
+        return np.asarray(to_device(x, array_namespace(x).__array_namespace_info__().default_device()))
+
+
+def asarray_like(value: Array, like: Array, dtype: DType | None = None) -> Array:
+    """`value` in the library and on the device of `like`, and in its dtype unless another is named."""
+    xp = array_namespace(like)
+    dtype = like.dtype if dtype is None else dtype
+    if type(value) is type(like) and device(value) == device(like):
+        return xp.astype(value, dtype, copy=False)
+    # Straight to the target dtype: a device without float64 could not hold the value in between.
+    return xp.asarray(to_numpy(value), dtype=dtype, device=device(like))
+
+
+def working_dtype(x: Array) -> DType:
+    """float64 wherever the device of `x` has it: EM then runs in float64 whatever the precision of the data."""
+    xp = array_namespace(x)
+    dtypes = xp.__array_namespace_info__().dtypes(device=device(x), kind="real floating")
+    return dtypes.get("float64", xp.float32)
+
+
+def floating_dtype(x: Array) -> DType:
+    """The dtype of what comes back for `x`: its own if float32 or float64, float32 for half precision, else float64."""
+    xp = array_namespace(x)
+    if x.dtype in (xp.float32, xp.float64):
+        return x.dtype
+    return xp.float32 if "float16" in str(x.dtype) else working_dtype(x)

@@ -1,0 +1,42 @@
+"""What an implementation of EM offers to the loop and the estimators."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from gaussmix._parameters import Parameters, SufficientStatistics
+from gaussmix._typing import Array
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What `Engine.advance` did: the parameters it reached and the lower bound of each iteration's E-step."""
+
+    parameters: Parameters
+    lower_bounds: tuple[float, ...]
+    converged: bool
+
+
+class Engine(Protocol):
+    """EM and inference on one data set for one covariance type, in one implementation."""
+
+    backend: str
+    precision: str
+
+    def start(self, origin: Array, assign: Callable[[Array], Array]) -> Parameters:
+        """Parameters for given responsibilities: `assign` maps rows (b, d) to (b, k), in row order."""
+
+    def expect(self, parameters: Parameters) -> SufficientStatistics:
+        """The E-step: statistics of all rows."""
+
+    def advance(self, parameters: Parameters, *, at_most: int, previous: float, tolerance: float) -> Progress:
+        """Up to `at_most` EM iterations; stops where a lower bound is within `tolerance` of the one before."""
+
+    def log_evidence(self, parameters: Parameters) -> Array:
+        """Log-density of each row under the mixture: (n,)."""
+
+    def responsibilities(self, parameters: Parameters) -> Array:
+        """Posterior probability of each component given the row: (n, k)."""
+
+    def labels(self, parameters: Parameters) -> Array:
+        """The component of largest responsibility for each row: (n,)."""

@@ -1,0 +1,253 @@
+"""KMeans with PyCave's signature."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
+
+from gaussmix._array_api import nearest
+from gaussmix._arrays import array_namespace, asarray_like, floating_dtype
+from gaussmix._data import Rows
+from gaussmix._estimator import Persistent
+from gaussmix._initialization import (
+    SAMPLE_ROWS,
+    SAMPLE_ROWS_PER_COMPONENT,
+    SEEDS,
+    block_size,
+    distances,
+    lloyd,
+    squared_distances,
+)
+from gaussmix._trainer import max_epochs
+from gaussmix._typing import Array
+from gaussmix._validation import (
+    check_enough_rows,
+    check_integer,
+    check_option,
+    check_real,
+    check_same_library,
+    random_generator,
+    validate_rows,
+)
+
+
+@dataclass(frozen=True)
+class KMeansModel:
+    """The parameters of a fitted clustering under PyCave's name."""
+
+    centroids: Array  # (k, d)
+
+
+class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Persistent):
+    """k-means by Lloyd's iterations over all rows, with PyCave's parameters.
+
+    Parameters
+    ----------
+    num_clusters : int, default 1
+        Number of clusters, k.
+    init_strategy : {"kmeans++", "random"}, default "kmeans++"
+        Seeds by k-means++, or k rows drawn at random; from a sample of at most max(16384, 256 k) rows.
+    convergence_tolerance : float, default 1e-4
+        Stops when the centroids move by no more than this times the mean variance of a feature (Frobenius norm).
+    batch_size : int, optional
+        Number of rows read at a time; the result does not depend on it.
+    trainer_params : dict, optional
+        `max_epochs` is the largest number of iterations (default 300).
+    random_state : int, RandomState instance or None, default None
+        Seeds the start. None draws a fresh seed and leaves NumPy's global generator untouched.
+
+    Attributes
+    ----------
+    centroids_ : array of shape (k, d)
+        In the library, on the device and in the dtype of the data.
+    model_ : KMeansModel
+        The same array as `centroids`.
+    converged_ : bool
+        Whether the last movement was below the tolerance.
+    num_iter_ : int
+        Number of iterations.
+    inertia_ : float
+        **Mean** squared distance of a row to its centroid, in squared units of the data.
+    n_features_in_ : int
+        Number of features, d.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gaussmix import KMeans
+    >>> x = np.array([[0.0], [1.0], [10.0], [11.0]])
+    >>> clustering = KMeans(2, random_state=0).fit(x)
+    >>> clustering.inertia_
+    0.25
+    """
+
+    centroids_: Array
+    converged_: bool
+    num_iter_: int
+    inertia_: float
+
+    def __init__(
+        self,
+        num_clusters: int = 1,
+        *,
+        init_strategy: str = "kmeans++",
+        convergence_tolerance: float = 1e-4,
+        batch_size: int | None = None,
+        trainer_params: dict[str, Any] | None = None,
+        random_state: Any = None,
+    ) -> None:
+        self.num_clusters = num_clusters
+        self.init_strategy = init_strategy
+        self.convergence_tolerance = convergence_tolerance
+        self.batch_size = batch_size
+        self.trainer_params = trainer_params
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Find the centroids.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, d)
+            The data, as `GaussianMixture.fit` takes it.
+        y : None
+            Ignored.
+        sample_weight : array-like of shape (n,), optional
+            Weight of each row.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError, TypeError
+            For bad parameters, data that is not finite, and fewer rows than clusters.
+        """
+        check_integer("num_clusters", self.num_clusters, 1)
+        check_option("init_strategy", self.init_strategy, SEEDS)
+        check_real("convergence_tolerance", self.convergence_tolerance)
+        max_iter = max_epochs(self.trainer_params, default=300)
+        rows = validate_rows(self, X, reset=True, sample_weight=sample_weight, batch_size=self.batch_size)
+        k = self.num_clusters
+        check_enough_rows(rows, "num_clusters", k)
+
+        random_state = random_generator(self.random_state)
+        sample = rows.sample(max(SAMPLE_ROWS, SAMPLE_ROWS_PER_COMPONENT * k), random_state)
+        seeds = asarray_like(SEEDS[self.init_strategy](sample, k, random_state), rows.array, rows.dtype)
+        result = lloyd(rows, seeds, tolerance=self.convergence_tolerance, max_iter=max_iter)
+
+        self.centroids_ = asarray_like(result.centroids, rows.array, floating_dtype(rows.array))
+        self.converged_, self.num_iter_ = result.converged, result.n_iter
+        self.inertia_ = mean_squared_distance(rows, result.centroids)
+        return self
+
+    def predict(self, X: Any) -> Array:
+        """Nearest centroid of each row.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, d)
+            The data.
+
+        Returns
+        -------
+        labels : array of shape (n,), int64
+            In the library and on the device of X.
+        """
+        rows = self._rows(X, "predict")
+        xp, centroids = array_namespace(rows.array), self._centroids(rows)
+        return xp.concat([nearest(x, centroids) for x, _ in rows.blocks(block_size(*centroids.shape))])
+
+    def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Array:
+        """Find the centroids and return the labels of the same rows, as `fit(X).predict(X)` does."""
+        return self.fit(X, y, sample_weight).predict(X)
+
+    def transform(self, X: Any) -> Array:
+        """Euclidean distances to all centroids.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, d)
+            The data.
+
+        Returns
+        -------
+        distances : array of shape (n, k)
+            In the units, the library, on the device and in the dtype of X.
+        """
+        rows = self._rows(X, "transform")
+        xp, centroids = array_namespace(rows.array), self._centroids(rows)
+        size = max(1, block_size(*centroids.shape) // rows.shape[1])
+        found = xp.concat([distances(x, centroids) for x, _ in rows.blocks(size)])
+        return xp.astype(found, floating_dtype(rows.array), copy=False)
+
+    def fit_transform(self, X: Any, y: Any = None, sample_weight: Any = None) -> Array:
+        """Find the centroids and return the distances of the same rows, as `fit(X).transform(X)` does."""
+        return self.fit(X, y, sample_weight).transform(X)
+
+    def score_samples(self, X: Any) -> Array:
+        """Squared distance of each row to the nearest centroid.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, d)
+            The data.
+
+        Returns
+        -------
+        squared_distances : array of shape (n,)
+            In squared units of the data; in the library, on the device and in the dtype of X.
+        """
+        rows = self._rows(X, "score_samples")
+        xp, centroids = array_namespace(rows.array), self._centroids(rows)
+        blocks = rows.blocks(block_size(*centroids.shape))
+        found = xp.concat([squared_distances(x, centroids) for x, _ in blocks])
+        return xp.astype(found, floating_dtype(rows.array), copy=False)
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Mean squared distance of a row to its centroid: smaller is better.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, d)
+            The data.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        inertia : float
+        """
+        rows = self._rows(X, "score")
+        return mean_squared_distance(rows, self._centroids(rows))
+
+    @property
+    def model_(self) -> KMeansModel:
+        """The centroids under PyCave's name."""
+        return KMeansModel(self.centroids_)
+
+    @property
+    def _n_features_out(self) -> int:
+        return self.num_clusters
+
+    def _rows(self, X: Any, method: str) -> Rows:
+        check_is_fitted(self, "centroids_")
+        rows = validate_rows(self, X, reset=False, batch_size=self.batch_size)
+        check_same_library(rows.array, self, self.centroids_, method)
+        return rows
+
+    def _centroids(self, rows: Rows) -> Array:
+        return asarray_like(self.centroids_, rows.array, rows.dtype)
+
+
+def mean_squared_distance(rows: Rows, centroids: Array) -> float:
+    """Weighted mean of the squared distances to the nearest centroid."""
+    xp = array_namespace(centroids)
+    total, count = 0.0, 0.0
+    for x, weight in rows.blocks(block_size(*centroids.shape)):
+        found = squared_distances(x, centroids)
+        total += float(xp.sum(found if weight is None else weight * found))
+        count += float(x.shape[0] if weight is None else xp.sum(weight))
+    return total / count

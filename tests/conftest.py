@@ -1,0 +1,86 @@
+"""Fixtures: every array library that is here x every covariance type x both float dtypes."""
+
+import importlib.util
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+# scikit-learn's checks of array API input need it; gaussmix does not. It has to be set before scipy is imported.
+os.environ.setdefault("SCIPY_ARRAY_API", "1")
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from sklearn.exceptions import ConvergenceWarning
+
+from gaussmix._arrays import to_numpy
+from gaussmix._covariance import COVARIANCES
+
+slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=slow_is_fine)
+settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, suppress_health_check=slow_is_fine)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+LIBRARIES = ("numpy", "torch", "array_api_strict")
+INSTALLED = tuple(name for name in LIBRARIES if importlib.util.find_spec(name))
+
+
+@dataclass(frozen=True)
+class Library:
+    """An array library: makes arrays from NumPy's and brings them back."""
+
+    name: str
+
+    def asarray(self, x: Any, dtype: Any = None) -> Any:
+        x = np.array(x, dtype=dtype)
+        if self.name == "torch":
+            import torch
+
+            return torch.as_tensor(x)
+        if self.name == "array_api_strict":
+            import array_api_strict
+
+            return array_api_strict.asarray(x)
+        return x
+
+    def owns(self, x: Any) -> bool:
+        return type(x).__module__.partition(".")[0] == self.name
+
+    to_numpy = staticmethod(to_numpy)
+
+
+def pytest_report_header() -> str:
+    missing = sorted(set(LIBRARIES) - set(INSTALLED))
+    return f"array libraries: {', '.join(INSTALLED)}" + (f"; not installed: {', '.join(missing)}" if missing else "")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    required = set(filter(None, os.environ.get("GAUSSMIX_REQUIRE_BACKENDS", "").split(",")))
+    if missing := sorted(required - set(INSTALLED)):
+        raise pytest.UsageError(f"GAUSSMIX_REQUIRE_BACKENDS names {missing}, which are not installed")
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request):
+    if request.param not in INSTALLED:
+        pytest.skip(f"{request.param} is not installed")
+    return Library(request.param)
+
+
+@pytest.fixture(params=sorted(COVARIANCES))
+def covariance(request):
+    return COVARIANCES[request.param]
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def unconverged():
+    """For fits of a fixed number of iterations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield

@@ -1,0 +1,72 @@
+"""KMeans with PyCave's contract."""
+
+import numpy as np
+import pytest
+from sklearn.cluster import KMeans as Reference
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from cases import assert_close, blobs
+from gaussmix import KMeans
+from gaussmix._arrays import to_numpy
+
+X = blobs(n=500, d=3, k=4, seed=2)
+
+
+# PyCave's KMeans has no labels_, which is what these look at.
+NO_LABELS = dict.fromkeys(["check_clustering"], "no attribute labels_")
+
+
+@parametrize_with_checks([KMeans()], expected_failed_checks=lambda estimator: NO_LABELS)
+def test_scikit_learns_checks(estimator, check):
+    check(estimator)
+
+
+def test_everything_is_a_function_of_the_centroids(library, dtype):
+    x = library.asarray(X, dtype)
+    clustering = KMeans(4, random_state=0).fit(x)
+    centroids = to_numpy(clustering.model_.centroids).astype(np.float64)
+    distances = np.linalg.norm(X.astype(dtype)[:, None].astype(np.float64) - centroids, axis=2)
+    tolerance = 1e-6 if dtype == "float32" else 1e-12
+    assert np.array_equal(to_numpy(clustering.predict(x)), distances.argmin(axis=1))
+    assert_close(to_numpy(clustering.transform(x)), distances, tolerance)
+    assert_close(to_numpy(clustering.score_samples(x)), distances.min(axis=1) ** 2, tolerance)
+    assert_close(clustering.score(x), (distances.min(axis=1) ** 2).mean(), tolerance)
+    assert_close(clustering.inertia_, clustering.score(x), tolerance)
+    assert np.array_equal(to_numpy(clustering.fit_predict(x)), to_numpy(clustering.predict(x)))
+    assert np.array_equal(to_numpy(clustering.fit_transform(x)), to_numpy(clustering.transform(x)))
+    for out in (clustering.centroids_, clustering.predict(x), clustering.transform(x), clustering.score_samples(x)):
+        assert library.owns(out)
+    assert str(clustering.centroids_.dtype).endswith(dtype)
+
+
+def test_finds_the_clusters_of_scikit_learn(library):
+    expected = Reference(4, n_init=5, random_state=0).fit(X)
+    found = min((KMeans(4, random_state=seed).fit(library.asarray(X)) for seed in range(5)), key=lambda c: c.inertia_)
+    assert_close(found.inertia_ * len(X), expected.inertia_, 1e-6)
+
+
+def test_weights_count_as_repeated_rows(library):
+    weight = np.random.RandomState(0).randint(1, 4, size=len(X))
+    found = KMeans(1, random_state=0).fit(library.asarray(X), sample_weight=library.asarray(weight))
+    assert_close(to_numpy(found.centroids_)[0], np.average(X, axis=0, weights=weight), 1e-12)
+    expected = ((X - np.average(X, axis=0, weights=weight)) ** 2).sum(axis=1)
+    assert_close(found.inertia_, np.average(expected, weights=weight), 1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["kmeans++", "random"])
+def test_strategies_and_seeds(strategy):
+    first, second = (KMeans(4, init_strategy=strategy, random_state=3).fit(X) for _ in range(2))
+    assert np.array_equal(first.centroids_, second.centroids_)
+    assert first.converged_
+
+
+def test_max_epochs_ends_early():
+    clustering = KMeans(4, trainer_params={"max_epochs": 1}, convergence_tolerance=0, random_state=0).fit(X)
+    assert clustering.num_iter_ == 1
+    assert not clustering.converged_
+
+
+def test_equal_rows(library):
+    clustering = KMeans(3, random_state=0).fit(library.asarray(np.zeros((10, 2))))
+    assert clustering.inertia_ == 0
+    assert np.all(to_numpy(clustering.centroids_) == 0)
