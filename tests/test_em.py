@@ -215,3 +215,13 @@ def test_best_of_keeps_the_highest_bound():
     assert best_of(results) is results[1]
     without = [EMResult(None, [], False), EMResult(None, [], False)]
     assert best_of(without) is without[0]
+
+
+def test_the_same_seed_gives_the_same_bits(library, covariance, dtype):
+    x = library.asarray(blobs(n=400, d=3, k=3, seed=5), dtype)
+    first, second = (
+        GaussianMixture(3, covariance_type=covariance.name, random_state=11, max_iter=10).fit(x) for _ in range(2)
+    )
+    for name in PARAMETERS:
+        assert np.array_equal(to_numpy(getattr(first, name)), to_numpy(getattr(second, name))), name
+    assert first.lower_bounds_ == second.lower_bounds_
