@@ -9,7 +9,7 @@ import oracle
 from cases import LOG_PROB_TOLERANCE, PARAMETER_TOLERANCE, assert_close
 from conftest import INSTALLED, Library
 from gaussmix import GaussianMixture, _array_api
-from gaussmix._arrays import to_numpy, working_dtype
+from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
 from gaussmix._data import Rows
 from gaussmix._dispatch import engine
@@ -26,7 +26,8 @@ def prepared(case, library):
     covariance = COVARIANCES[case.covariance_type]
     covariances = np.asarray(case.covariances, dtype=np.float64)
     parameters = Parameters(case.weights, case.means, covariances, covariance.precision_cholesky(covariances))
-    return rows, parameters.moved(x, working_dtype(x)), covariance
+    on_rows = engine(rows, covariance).rows
+    return rows, parameters.moved(on_rows.array, on_rows.dtype), covariance
 
 
 @given(cases(), libraries)
@@ -66,7 +67,7 @@ def test_log_prob_equals_the_textbook(case, library):
     sigmas = oracle.matrices(case.covariances, case.covariance_type, *case.means.shape)
     expected = oracle.log_prob(case.x, case.means, sigmas)
     (x, _), *_ = rows.blocks(len(case.x))
-    found = to_numpy(_array_api.log_prob(x, parameters, covariance))
+    found = to_numpy(_array_api.log_prob(x, parameters.moved(x, x.dtype), covariance))
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= LOG_PROB_TOLERANCE[case.dtype]
 
@@ -90,10 +91,25 @@ def test_statistics_and_one_step_equal_the_textbook(case, library):
         "bound",
     )
     reg = 1e-3
-    found = maximize(statistics, covariance, reg)
+    found = maximize(statistics, parameters.means, covariance, reg)
     expected = oracle.maximize(counts, means, scatters, case.covariance_type, reg)
     for name, value in zip(("weights", "means", "covariances"), expected, strict=True):
         assert_close(to_numpy(getattr(found, name)), value, tolerance, name)
+
+
+def about(origin, statistics, covariance):
+    """The same statistics about another origin: an implementation chooses its own."""
+    counts = statistics.counts
+    shifts = statistics.first_moments / counts[:, None]
+    means = statistics.origin + shifts
+    within = covariance.recentre(statistics.second_moments, counts, shifts)
+    return SufficientStatistics(
+        origin,
+        counts,
+        counts[:, None] * (means - origin),
+        covariance.recentre(within, -counts, means - origin),
+        statistics.log_likelihood,
+    )
 
 
 @given(cases(), libraries, st.data())
@@ -105,11 +121,13 @@ def test_statistics_of_any_split_add_to_the_whole(case, library, data):
         Rows(rows.array[a:b, :], None if rows.sample_weight is None else rows.sample_weight[a:b])
         for a, b in ((0, cut), (cut, n))
     ]
-    whole = engine(rows, covariance).expect(parameters)
-    first, second = (engine(part, covariance).expect(parameters) for part in parts)
+    whole, first, second = (
+        about(parameters.means, engine(part, covariance).expect(parameters), covariance) for part in (rows, *parts)
+    )
     total = first + second
     for name in ("counts", "first_moments", "second_moments", "log_likelihood"):
-        assert_close(to_numpy(getattr(total, name)), to_numpy(getattr(whole, name)), 1e-12, name)
+        found, expected = to_numpy(getattr(total, name)), to_numpy(getattr(whole, name))
+        assert_close(found, expected, 1e-11 if case.dtype == "float64" else 1e-5, name)
 
 
 def test_statistics_about_different_origins_do_not_add():
@@ -129,7 +147,6 @@ def test_a_device_without_float64_computes_in_float32(covariance):
     mixture = GaussianMixture(2, covariance_type=covariance.name, random_state=0).fit(on_device)
     exact = GaussianMixture(2, covariance_type=covariance.name, random_state=0).fit(x)
     assert mixture.precision_ == "centred-float32"
-    assert exact.precision_ == "centred-float64"
     assert mixture.means_.device == device
     assert mixture.predict_proba(on_device).device == device
     assert_close(to_numpy(mixture.means_), exact.means_, 1e-4, "means")

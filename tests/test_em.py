@@ -25,6 +25,8 @@ from gaussmix.sklearn import GaussianMixture
 
 pytestmark = pytest.mark.usefixtures("unconverged")
 
+# How much the lower bound may fall by rounding, in nats.
+BOUND_ROUNDING = {"expanded-float32": 1e-5, "expanded-float64": 1e-10, "centred-float64": 1e-10}
 PARAMETERS = ("weights_", "means_", "covariances_", "precisions_cholesky_", "precisions_")
 
 
@@ -69,9 +71,9 @@ def test_lower_bound_never_falls_without_regularization(library, covariance, dty
     on_rows = engine(rows, covariance, 0.0)
     bounds = []
     with contextlib.suppress(np.linalg.LinAlgError):  # without regularisation EM may collapse on a few rows
-        start = initialize(on_rows, rows, k, "kmeans++", np.random.RandomState(0))
+        start = initialize(on_rows, k, "kmeans++", np.random.RandomState(0))
         run_em(on_rows, start, tolerance=0, max_iter=12, callback=lambda i, bound, parameters: bounds.append(bound))
-    assert np.all(np.diff(bounds) >= -1e-10)
+    assert np.all(np.diff(bounds) >= -BOUND_ROUNDING[on_rows.precision])
 
 
 @given(st.integers(0, 2**31), st.sampled_from(sorted(COVARIANCES)), st.sampled_from(["float32", "float64"]))

@@ -8,7 +8,7 @@ size n x k exists unless the caller asked for one.
 import math
 from collections.abc import Callable
 
-from gaussmix._arrays import array_namespace, device, working_dtype
+from gaussmix._arrays import array_namespace, asarray_like, device, working_dtype
 from gaussmix._covariance import Covariance
 from gaussmix._data import Rows
 from gaussmix._engine import Progress
@@ -101,16 +101,26 @@ class Engine:
         self.backend = f"array_api:{xp.__name__.rpartition('.')[2]}"
         self.precision = "centred-float64" if working_dtype(rows.array) == xp.float64 else "centred-float32"
 
-    def start(self, origin: Array, assign: Callable[[Array], Array]) -> Parameters:
-        """Parameters for given responsibilities: `assign` maps rows (b, d) to (b, k), in row order."""
+    def from_means(self, means: Array) -> Parameters:
+        """Parameters of the rows that are nearest to each of `means` (k, d)."""
+        return self._assigned(means, lambda x: one_hot(nearest(x, means), x, means.shape[0]))
+
+    def from_responsibilities(self, k: int, draw: Callable[[int], Array]) -> Parameters:
+        """Parameters for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
+        d = self.rows.shape[1]
+        middle = self.rows.mean(self.block_size(k))
+        origin = array_namespace(middle).broadcast_to(middle, (k, d))
+        return self._assigned(origin, lambda x: asarray_like(draw(x.shape[0]), x))
+
+    def _assigned(self, origin: Array, assign: Callable[[Array], Array]) -> Parameters:
         xp = array_namespace(origin)
 
         def statistics(x: Array, weight: Array | None) -> SufficientStatistics:
-            r = xp.matrix_transpose(assign(x))
             no_evidence = xp.zeros(x.shape[0], dtype=x.dtype, device=device(x))
+            r = xp.matrix_transpose(assign(x))
             return _statistics(origin, _centred(x, origin), r, weight, self.covariance, no_evidence)
 
-        return maximize(self._sum(statistics, origin.shape[0]), self.covariance, self.reg_covar)
+        return maximize(self._sum(statistics, origin.shape[0]), origin, self.covariance, self.reg_covar)
 
     def advance(self, parameters: Parameters, *, at_most: int, previous: float, tolerance: float) -> Progress:
         """One EM iteration: the lower bound of `parameters`, and the parameters after it."""
@@ -118,7 +128,7 @@ class Engine:
         bound = statistics.lower_bound
         if not math.isfinite(bound):
             return Progress(parameters, (bound,), converged=False)
-        new = maximize(statistics, self.covariance, self.reg_covar)
+        new = maximize(statistics, parameters.means, self.covariance, self.reg_covar)
         return Progress(new, (bound,), converged=abs(bound - previous) < tolerance)
 
     def expect(self, parameters: Parameters) -> SufficientStatistics:

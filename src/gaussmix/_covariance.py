@@ -5,6 +5,9 @@ never asks for the type. Shapes are written with n rows, k components and d feat
 stored form (`shape`), `precision_cholesky` for U = L^-T with L L^T = Sigma, in the same form.
 
 `centred` is x_i - mu_k for every component: (k, n, d). Components lead, so that each is one matrix product.
+
+The last group of methods describes the log-density as a linear function of features of x: [1, x, quadratic features],
+and the statistics as their weighted sums. It is exact as long as `kappa` times the rounding unit is small.
 """
 
 from abc import ABC, abstractmethod
@@ -66,6 +69,38 @@ class Covariance(ABC):
     @abstractmethod
     def colorize(self, noise: Array, precision_cholesky: Array, component: int) -> Array:
         """Standard normal rows (n, d) to rows with the component's covariance."""
+
+    @abstractmethod
+    def n_quadratic(self, d: int) -> int:
+        """Number of quadratic features, q. 0 where the quadratic term is the same for all components."""
+
+    @abstractmethod
+    def write_quadratic(self, x: Array, out: Array) -> None:
+        """Quadratic features of the columns of x (d, b), into `out` (q, b); NumPy arrays."""
+
+    @abstractmethod
+    def quadratic_coefficients(self, precision_cholesky: Array, d: int) -> Array:
+        """What the log-density multiplies the quadratic features with: (k, q)."""
+
+    @abstractmethod
+    def unpack_quadratic(self, sums: Array, d: int) -> Array:
+        """Second moments from the weighted sums of the quadratic features (k, q), where there are any."""
+
+    @abstractmethod
+    def precision_times(self, vectors: Array, precision_cholesky: Array) -> Array:
+        """Sigma_k^-1 v_k: (k, d)."""
+
+    @abstractmethod
+    def kappa(self, covariances: Array, precision_cholesky: Array, offsets: Array) -> Array:
+        """Sum_ij |A_ij| sqrt(m_i m_j) with m = diag Sigma_k + offset_k^2 and A = Sigma_k^-1: (k,).
+
+        The rounding unit times this is the error of a log-density from features about a point that lies `offsets`
+        (k, d) away from the means: the terms of the expanded square are that much larger than the square.
+        """
+
+    def shared_quadratic(self, x: Array, precision_cholesky: Array) -> Array | None:
+        """Term -x^T A x / 2 of the columns of x (d, b) that all components share, (b,); None where there is none."""
+        return None
 
     def mahalanobis(self, centred: Array, precision_cholesky: Array) -> Array:
         """Squared Mahalanobis distances: (k, n)."""
@@ -129,6 +164,14 @@ class _Matrices(Covariance):
     def whiten(self, centred: Array, precision_cholesky: Array) -> Array:
         return array_namespace(centred).matmul(centred, precision_cholesky)
 
+    def precision_times(self, vectors: Array, precision_cholesky: Array) -> Array:
+        return array_namespace(vectors).matmul(self.square(precision_cholesky), vectors[..., None])[..., 0]
+
+    def kappa(self, covariances: Array, precision_cholesky: Array, offsets: Array) -> Array:
+        xp = array_namespace(offsets)
+        root = xp.sqrt(xp.linalg.diagonal(covariances) + offsets * offsets)
+        return xp.sum(root * xp.matmul(xp.abs(self.square(precision_cholesky)), root[..., None])[..., 0], axis=-1)
+
     def _is_symmetric(self, covariances: Array) -> Array:
         xp = array_namespace(covariances)
         transposed = xp.matrix_transpose(covariances)
@@ -161,6 +204,26 @@ class Full(_Matrices):
     def colorize(self, noise: Array, precision_cholesky: Array, component: int) -> Array:
         return _solve_rows(noise, precision_cholesky[component, :, :])
 
+    def n_quadratic(self, d: int) -> int:
+        return d * (d + 1) // 2
+
+    def write_quadratic(self, x: Array, out: Array) -> None:
+        start = 0
+        for i in range(x.shape[0]):
+            stop = start + x.shape[0] - i
+            np.multiply(x[i], x[i:], out=out[start:stop])
+            start = stop
+
+    def quadratic_coefficients(self, precision_cholesky: Array, d: int) -> Array:
+        i, j = np.triu_indices(d)
+        return np.where(i == j, -0.5, -1.0) * self.square(precision_cholesky)[:, i, j]
+
+    def unpack_quadratic(self, sums: Array, d: int) -> Array:
+        i, j = np.triu_indices(d)
+        moments = np.empty((sums.shape[0], d, d), dtype=sums.dtype)
+        moments[:, i, j] = moments[:, j, i] = sums
+        return moments
+
 
 class Tied(_Matrices):
     """One matrix for all components."""
@@ -187,6 +250,23 @@ class Tied(_Matrices):
 
     def colorize(self, noise: Array, precision_cholesky: Array, component: int) -> Array:
         return _solve_rows(noise, precision_cholesky)
+
+    def n_quadratic(self, d: int) -> int:
+        return 0
+
+    def write_quadratic(self, x: Array, out: Array) -> None:
+        pass
+
+    def quadratic_coefficients(self, precision_cholesky: Array, d: int) -> Array:
+        return np.zeros((1, 0))
+
+    def unpack_quadratic(self, sums: Array, d: int) -> Array:
+        raise NotImplementedError("the total scatter is computed once for a data set")
+
+    def shared_quadratic(self, x: Array, precision_cholesky: Array) -> Array | None:
+        whitened = precision_cholesky.T @ x
+        whitened *= whitened
+        return -0.5 * whitened.sum(axis=0)
 
     def first_singular(self, precision_cholesky: Array) -> int | None:
         return None
@@ -237,6 +317,25 @@ class Diag(_Variances):
     def colorize(self, noise: Array, precision_cholesky: Array, component: int) -> Array:
         return noise / precision_cholesky[component, :]
 
+    def n_quadratic(self, d: int) -> int:
+        return d
+
+    def write_quadratic(self, x: Array, out: Array) -> None:
+        np.multiply(x, x, out=out)
+
+    def quadratic_coefficients(self, precision_cholesky: Array, d: int) -> Array:
+        return -0.5 * self.square(precision_cholesky)
+
+    def unpack_quadratic(self, sums: Array, d: int) -> Array:
+        return sums
+
+    def precision_times(self, vectors: Array, precision_cholesky: Array) -> Array:
+        return self.square(precision_cholesky) * vectors
+
+    def kappa(self, covariances: Array, precision_cholesky: Array, offsets: Array) -> Array:
+        xp = array_namespace(offsets)
+        return xp.sum(self.square(precision_cholesky) * (covariances + offsets * offsets), axis=-1)
+
 
 class Spherical(_Variances):
     """One variance for each component, the same for all features."""
@@ -266,6 +365,25 @@ class Spherical(_Variances):
 
     def colorize(self, noise: Array, precision_cholesky: Array, component: int) -> Array:
         return noise / precision_cholesky[component]
+
+    def n_quadratic(self, d: int) -> int:
+        return 1
+
+    def write_quadratic(self, x: Array, out: Array) -> None:
+        np.einsum("db,db->b", x, x, out=out[0])
+
+    def quadratic_coefficients(self, precision_cholesky: Array, d: int) -> Array:
+        return -0.5 * self.square(precision_cholesky)[:, None]
+
+    def unpack_quadratic(self, sums: Array, d: int) -> Array:
+        return sums[:, 0]
+
+    def precision_times(self, vectors: Array, precision_cholesky: Array) -> Array:
+        return self.square(precision_cholesky)[:, None] * vectors
+
+    def kappa(self, covariances: Array, precision_cholesky: Array, offsets: Array) -> Array:
+        xp = array_namespace(offsets)
+        return self.square(precision_cholesky) * xp.sum(covariances[:, None] + offsets * offsets, axis=-1)
 
 
 COVARIANCES: dict[str, Covariance] = {c.name: c for c in (Full(), Tied(), Diag(), Spherical())}

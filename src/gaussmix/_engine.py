@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from gaussmix._data import Rows
 from gaussmix._parameters import Parameters, SufficientStatistics
 from gaussmix._typing import Array
 
@@ -20,11 +21,23 @@ class Progress:
 class Engine(Protocol):
     """EM and inference on one data set for one covariance type, in one implementation."""
 
-    backend: str
-    precision: str
+    @property
+    def backend(self) -> str:
+        """Name of the implementation."""
 
-    def start(self, origin: Array, assign: Callable[[Array], Array]) -> Parameters:
-        """Parameters for given responsibilities: `assign` maps rows (b, d) to (b, k), in row order."""
+    @property
+    def precision(self) -> str:
+        """The arithmetic of the E-step that is in use."""
+
+    @property
+    def rows(self) -> Rows:
+        """The rows, in the library that computes."""
+
+    def from_means(self, means: Array) -> Parameters:
+        """Parameters of the rows that are nearest to each of `means` (k, d)."""
+
+    def from_responsibilities(self, k: int, draw: Callable[[int], Array]) -> Parameters:
+        """Parameters for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
 
     def expect(self, parameters: Parameters) -> SufficientStatistics:
         """The E-step: statistics of all rows."""

@@ -242,17 +242,19 @@ class _Inference:
 
     def __init__(self, rows: Rows, parameters: Parameters, on_rows: Engine) -> None:
         self._engine = on_rows
-        self._parameters = parameters.moved(rows.array, rows.dtype)
-        self._xp, self._dtype = array_namespace(rows.array), floating_dtype(rows.array)
+        self._parameters = parameters.moved(on_rows.rows.array, on_rows.rows.dtype)
+        self._like, self._dtype = rows.array, floating_dtype(rows.array)
 
     def labels(self) -> Array:
-        return self._engine.labels(self._parameters)
+        labels = self._engine.labels(self._parameters)
+        return asarray_like(labels, self._like, array_namespace(self._like).int64)
 
     def responsibilities(self) -> Array:
-        return self._xp.astype(self._engine.responsibilities(self._parameters), self._dtype, copy=False)
+        return asarray_like(self._engine.responsibilities(self._parameters), self._like, self._dtype)
 
     def log_evidence(self) -> Array:
-        return self._xp.astype(self._engine.log_evidence(self._parameters), self._dtype, copy=False)
+        return asarray_like(self._engine.log_evidence(self._parameters), self._like, self._dtype)
 
     def mean_log_evidence(self) -> float:
-        return float(self._xp.mean(self._engine.log_evidence(self._parameters)))
+        evidence = self._engine.log_evidence(self._parameters)
+        return float(array_namespace(evidence).mean(evidence))

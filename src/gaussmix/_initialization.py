@@ -26,36 +26,24 @@ BLOCK_ELEMENTS = 2**18
 
 
 def initialize(
-    engine: Engine,
-    rows: Rows,
-    k: int,
-    strategy: str,
-    random_state: np.random.RandomState,
-    means: Array | None = None,
+    engine: Engine, k: int, strategy: str, random_state: np.random.RandomState, means: Array | None = None
 ) -> Parameters:
-    """Parameters that EM starts from.
+    """Parameters that EM starts from, for the rows of the engine.
 
     Given `means` (k, d), or those that `strategy` finds, are handled as if k-means had found them: each row belongs to
     the nearest. "random" draws the responsibilities of each row instead.
     """
     if means is None and strategy == "random":
-        middle = rows.mean(block_size(k, rows.shape[1]))
-        xp = array_namespace(middle)
-        return engine.start(xp.broadcast_to(middle, (k, rows.shape[1])), random_responsibilities(k, random_state))
+
+        def draw(n: int) -> Array:
+            drawn = random_state.uniform(size=(n, k))
+            return drawn / drawn.sum(axis=1, keepdims=True)
+
+        return engine.from_responsibilities(k, draw)
+    rows = engine.rows
     if means is None:
         means = find_means(rows, k, strategy, random_state)
-    means = asarray_like(means, rows.array, rows.dtype)
-    return engine.start(means, lambda x: one_hot(nearest(x, means), x, k))
-
-
-def random_responsibilities(k: int, random_state: np.random.RandomState) -> Callable[[Array], Array]:
-    """Draws the responsibilities of a block of rows, (b, k); the stream does not depend on how rows are blocked."""
-
-    def assign(x: Array) -> Array:
-        drawn = random_state.uniform(size=(x.shape[0], k))
-        return asarray_like(drawn / drawn.sum(axis=1, keepdims=True), x)
-
-    return assign
+    return engine.from_means(asarray_like(means, rows.array, rows.dtype))
 
 
 def find_means(rows: Rows, k: int, strategy: str, random_state: np.random.RandomState) -> Array:

@@ -188,7 +188,7 @@ class GaussianMixture(Mixture):
             means = validate_array("init_means", means, (k, rows.shape[1]))
 
         on_rows = engine(rows, covariance, self.covariance_regularization)
-        start = initialize(on_rows, rows, k, self.init_strategy, random_state, means)
+        start = initialize(on_rows, k, self.init_strategy, random_state, means)
         result = run_em(on_rows, start, tolerance=self.convergence_tolerance, max_iter=max_iter)
         if max_iter and not result.converged:
             warnings.warn(

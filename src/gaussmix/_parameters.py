@@ -61,10 +61,10 @@ class SufficientStatistics:
         return float(self.log_likelihood / array_namespace(self.counts).sum(self.counts))
 
 
-def maximize(statistics: SufficientStatistics, covariance: Covariance, reg_covar: float) -> Parameters:
+def maximize(statistics: SufficientStatistics, means: Array, covariance: Covariance, reg_covar: float) -> Parameters:
     """The M-step: the parameters of largest likelihood for these statistics, `reg_covar` added to each variance.
 
-    A component without rows keeps its place: it stays at the origin of its moments, with weight 0.
+    A component without rows keeps its place: its mean stays that of `means`, its weight is 0.
     """
     xp = array_namespace(statistics.counts)
     counts = statistics.counts
@@ -76,7 +76,8 @@ def maximize(statistics: SufficientStatistics, covariance: Covariance, reg_covar
         component = covariance.first_singular(precision_cholesky)
         count = xp.sum(counts) if component is None else counts[component]
         raise singular_covariance(component, float(count), reg_covar)
-    return Parameters(counts / xp.sum(counts), statistics.origin + shifts, covariances, precision_cholesky)
+    means = xp.where(counts[:, None] > 0, statistics.origin + shifts, means)
+    return Parameters(counts / xp.sum(counts), means, covariances, precision_cholesky)
 
 
 class SingularCovarianceError(np.linalg.LinAlgError):

@@ -188,12 +188,12 @@ class GaussianMixture(Mixture):
         on_rows = engine(rows, covariance, self.reg_covar)
 
         if self.warm_start and hasattr(self, "converged_"):
-            warm = self._checked_parameters(rows, covariance)
+            warm = self._checked_parameters(on_rows.rows, covariance)
             result = self._run(on_rows, warm, 0, previous=self.lower_bound_)
         else:
             random_state = random_generator(self.random_state)
             result = best_of(
-                self._run(on_rows, self._start(on_rows, rows, covariance, random_state), i) for i in range(self.n_init)
+                self._run(on_rows, self._start(on_rows, covariance, random_state), i) for i in range(self.n_init)
             )
         if self.max_iter and not result.converged:
             warnings.warn(
@@ -307,10 +307,9 @@ class GaussianMixture(Mixture):
         check_integer("verbose_interval", self.verbose_interval, 1)
         return check_covariance_type(self.covariance_type)
 
-    def _start(
-        self, on_rows: Engine, rows: Rows, covariance: Covariance, random_state: np.random.RandomState
-    ) -> Parameters:
+    def _start(self, on_rows: Engine, covariance: Covariance, random_state: np.random.RandomState) -> Parameters:
         """Where EM starts: what was given, and the rest from the rows."""
+        rows = on_rows.rows
         k, d = self.n_components, rows.shape[1]
         weights, means, precisions = self.weights_init, self.means_init, self.precisions_init
         if weights is not None:
@@ -326,7 +325,7 @@ class GaussianMixture(Mixture):
             factors = covariance.precision_cholesky(covariances)
         if weights is not None and means is not None and precisions is not None:
             return Parameters(weights, means, covariances, factors)
-        found = initialize(on_rows, rows, k, INIT_PARAMS[self.init_params], random_state, means)
+        found = initialize(on_rows, k, INIT_PARAMS[self.init_params], random_state, means)
         return Parameters(
             found.weights if weights is None else weights,
             found.means if means is None else means,

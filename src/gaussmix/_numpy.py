@@ -1,0 +1,441 @@
+"""EM and inference on the CPU, for NumPy arrays and torch tensors in host memory (shared, not copied).
+
+The log-density of every covariance type is linear in features of x, phi = [1, x, quadratic], and the statistics
+are weighted sums of the same features: an EM iteration is two matrix products around a softmax. Rows are taken in
+blocks that stay in the cache, with points on the contiguous axis: phi (F, b), logits (k, b). Blocks form slabs, fixed
+by shape, which run on a pool of threads with one BLAS thread each and are added in order, in float64: the result does
+not depend on the number of threads.
+
+About a point s, features lose digits where components lie far from s compared with their width, or are ill-conditioned.
+`Covariance.kappa` bounds the loss; where it exceeds the tolerance, the step is repeated in the next form:
+expanded in the data's precision, expanded in float64, centred in float64 (`_array_api`).
+"""
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+from array_api_compat import is_numpy_array, is_torch_array
+from threadpoolctl import ThreadpoolController
+
+from gaussmix import _array_api
+from gaussmix._array_api import nearest
+from gaussmix._arrays import to_numpy
+from gaussmix._covariance import Covariance
+from gaussmix._data import Rows, slices
+from gaussmix._engine import Progress
+from gaussmix._parameters import Parameters, SingularCovarianceError, SufficientStatistics, maximize
+from gaussmix._typing import Array
+
+logger = logging.getLogger("gaussmix")
+
+# Rows of a block: long enough for the matrix products, short enough for the cache.
+BLOCK_ROWS = 512
+# Features of a small data set are kept from one iteration to the next, up to this many bytes.
+KEPT_BYTES = 2**25
+# A slab is worth a thread from this many floating-point operations on; there are at most so many of them.
+SLAB_FLOPS = 10**8
+MOST_SLABS = 16
+# Largest tolerable error of a log-density, in nats, for float32 and float64 data.
+TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float64): 1e-10}
+# exp below it is subnormal, or about to be; such responsibilities are exactly zero.
+FLOOR = {np.dtype(np.float32): -80.0, np.dtype(np.float64): -690.0}
+# The logarithm of a weight of zero: finite, so that products with it are, and below every floor.
+LOG_ZERO = -1e30
+
+T = TypeVar("T")
+
+
+def why_not(x: Array) -> str | None:
+    """The reason why rows of `x` can not be computed here; None if they can."""
+    if is_numpy_array(x):
+        return None
+    if is_torch_array(x):
+        return None if x.device.type == "cpu" else f"the tensor is on {x.device}, not in host memory"
+    return f"{type(x).__module__}.{type(x).__qualname__} is neither a NumPy array nor a torch tensor"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the E-step is computed: from features in `dtype`, or centred."""
+
+    precision: str
+    dtype: np.dtype[Any]
+    expanded: bool
+
+
+FORMS = (
+    Form("expanded-float32", np.dtype(np.float32), expanded=True),
+    Form("expanded-float64", np.dtype(np.float64), expanded=True),
+    Form("centred-float64", np.dtype(np.float64), expanded=False),
+)
+
+
+class Engine:
+    """EM and inference on one data set for one covariance type."""
+
+    backend = "numpy"
+
+    def __init__(self, rows: Rows, covariance: Covariance, reg_covar: float) -> None:
+        weight = rows.sample_weight
+        self.rows = Rows(to_numpy(rows.array), None if weight is None else to_numpy(weight), rows.batch_size)
+        self.covariance, self.reg_covar = covariance, reg_covar
+        self._tolerance = TOLERANCE.get(self.rows.array.dtype, TOLERANCE[np.dtype(np.float64)])
+        self._forms = [form for form in FORMS if form.dtype.itemsize >= min(8, self.rows.array.dtype.itemsize)]
+        self._kept: dict[tuple[np.dtype[Any], int], Array] = {}
+
+    @property
+    def precision(self) -> str:
+        """The arithmetic of the E-step that is in use."""
+        return self._forms[0].precision
+
+    def from_means(self, means: Array) -> Parameters:
+        """Parameters of the rows that are nearest to each of `means` (k, d)."""
+
+        def statistics(slab: slice) -> SufficientStatistics:
+            sums = _Sums(self, means.shape[0], np.dtype(np.float64), slab)
+            for block in sums.blocks():
+                x = self._read(block, np.dtype(np.float64))
+                labels = nearest(x.T, means)
+                # Features about the row's own centroid: nothing cancels, whatever the distances between them.
+                sums.add(x - means[labels].T, _one_hot(labels, means.shape[0]), self._weight(block))
+            return sums.statistics(means, scatter=sums.scatter)
+
+        statistics_ = _total(self._run(statistics, means.shape[0]))
+        return maximize(statistics_, means, self.covariance, self.reg_covar)
+
+    def from_responsibilities(self, k: int, draw: Callable[[int], Array]) -> Parameters:
+        """Parameters for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
+        # All means are about the middle of the data, so that nothing cancels here; rows are drawn for in order.
+        return _array_api.Engine(self.rows, self.covariance, self.reg_covar).from_responsibilities(k, draw)
+
+    def advance(self, parameters: Parameters, *, at_most: int, previous: float, tolerance: float) -> Progress:
+        """One EM iteration: the lower bound of `parameters`, and the parameters after it."""
+        while True:
+            self._fall_back_for(parameters, self._shift)
+            form = self._forms[0]
+            statistics = self.expect(parameters)
+            bound = statistics.lower_bound
+            last = len(self._forms) == 1
+            if not math.isfinite(bound) and last:
+                return Progress(parameters, (bound,), converged=False)
+            try:
+                new = maximize(statistics, parameters.means, self.covariance, self.reg_covar)
+            except SingularCovarianceError:
+                if last:
+                    raise
+                self._fall_back("a covariance came out singular")
+                continue
+            # The moments cancel as far as the new parameters say.
+            self._fall_back_for(new, self._shift)
+            if form is self._forms[0]:
+                return Progress(new, (bound,), converged=abs(bound - previous) < tolerance)
+
+    def expect(self, parameters: Parameters) -> SufficientStatistics:
+        """Statistics of all rows."""
+        form = self._forms[0]
+        if not form.expanded:
+            return _total(self._run(lambda slab: self._centred(slab).expect(parameters), len(parameters.weights)))
+        shift = self._shift
+        natural = natural_parameters(parameters, shift, self.covariance).astype(form.dtype)
+
+        def statistics(slab: slice) -> SufficientStatistics:
+            sums = _Sums(self, len(natural), form.dtype, slab)
+            for block in sums.blocks():
+                sums.soften(self._features(block, form.dtype, shift, keep=True), natural, self._weight(block))
+            return sums.statistics(shift, scatter=None)
+
+        total = _total(self._run(statistics, len(natural)))
+        if self._scatter is None:
+            return total
+        # The quadratic term that all components share cancels in the responsibilities; its sum is that of a trace.
+        trace = np.sum(self.covariance.square(parameters.precision_cholesky) * self._scatter)
+        return SufficientStatistics(
+            shift, total.counts, total.first_moments, self._scatter, total.log_likelihood - 0.5 * trace
+        )
+
+    def log_evidence(self, parameters: Parameters) -> Array:
+        """Log-density of each row under the mixture: (n,)."""
+        return self._infer(parameters, _array_api.log_evidence, self._log_evidence, (), np.float64)
+
+    def responsibilities(self, parameters: Parameters) -> Array:
+        """Posterior probability of each component given the row: (n, k)."""
+        k = len(parameters.weights)
+        return self._infer(parameters, _array_api.responsibilities, self._responsibilities, (k,), None)
+
+    def labels(self, parameters: Parameters) -> Array:
+        """The component of largest responsibility for each row: (n,)."""
+        return self._infer(parameters, _array_api.labels, lambda logits, x, u: logits.argmax(axis=0), (), np.int64)
+
+    def _log_evidence(self, logits: Array, x: Array, precision_cholesky: Array) -> Array:
+        shared = self.covariance.shared_quadratic(x, precision_cholesky)
+        evidence = _softmax(logits)[0]
+        return evidence if shared is None else evidence + shared
+
+    def _responsibilities(self, logits: Array, x: Array, precision_cholesky: Array) -> Array:
+        _, total = _softmax(logits)
+        logits /= total
+        return logits.T
+
+    def _infer(
+        self,
+        parameters: Parameters,
+        centred: Callable[[Array, Parameters, Covariance], Array],
+        expanded: Callable[[Array, Array, Array], Array],
+        shape: tuple[int, ...],
+        dtype: Any,
+    ) -> Array:
+        shift = (parameters.weights @ parameters.means).astype(self.rows.array.dtype).astype(np.float64)
+        self._fall_back_for(parameters, shift)
+        form = self._forms[0]
+        out = np.empty((self.rows.shape[0], *shape), dtype=form.dtype if dtype is None else dtype)
+        natural = natural_parameters(parameters, shift, self.covariance).astype(form.dtype)
+        factor = parameters.precision_cholesky.astype(form.dtype)
+        size = BLOCK_ROWS if form.expanded else max(1, _array_api.BLOCK_ELEMENTS // parameters.means.size)
+
+        def infer(slab: slice) -> None:
+            for block in _within(slab, size):
+                if form.expanded:
+                    phi = self._features(block, form.dtype, shift, keep=False)
+                    out[block] = expanded(natural @ phi, phi[1 : 1 + self.rows.shape[1]], factor)
+                else:
+                    out[block] = centred(self._read(block, form.dtype).T, parameters, self.covariance)
+
+        self._run(infer, len(natural))
+        return out
+
+    def _fall_back_for(self, parameters: Parameters, shift: Array) -> None:
+        """Leave the forms that are not exact enough for these parameters."""
+        alive = parameters.weights > 0
+        offsets = parameters.means - shift
+        kappas = self.covariance.kappa(parameters.covariances, parameters.precision_cholesky, offsets)
+        kappa = float(np.max(np.where(alive, kappas, 0)))
+        while self._forms[0].expanded and not float(np.finfo(self._forms[0].dtype).eps) * kappa <= self._tolerance:
+            self._fall_back(f"kappa is {kappa:.3g}")
+
+    def _fall_back(self, reason: str) -> None:
+        left = self._forms.pop(0)
+        self._kept.clear()
+        logger.info("%s left for %s: %s", left.precision, self.precision, reason)
+
+    def _centred(self, slab: slice) -> _array_api.Engine:
+        weight = self.rows.sample_weight
+        rows = Rows(self.rows.array[slab], None if weight is None else weight[slab], self.rows.batch_size)
+        return _array_api.Engine(rows, self.covariance, self.reg_covar)
+
+    @cached_property
+    def _shift(self) -> Array:
+        """The mean of the rows, in float64 but with no more digits than the data: x - shift is rounded once."""
+        mean = self.rows.mean(BLOCK_ROWS * 8)
+        dtype = self.rows.array.dtype
+        return mean.astype(dtype).astype(np.float64) if np.issubdtype(dtype, np.floating) else mean
+
+    @cached_property
+    def _scatter(self) -> Array | None:
+        """Weighted sum of (x - shift)(x - shift)^T over all rows where all components share one covariance."""
+        if self.covariance.n_quadratic(self.rows.shape[1]):
+            return None
+
+        def scatter(slab: slice) -> Array:
+            total = np.zeros((self.rows.shape[1],) * 2)
+            for block in _within(slab, BLOCK_ROWS):
+                x = self._read(block, np.dtype(np.float64)) - self._shift[:, None]
+                weight = self._weight(block)
+                total += (x if weight is None else x * weight) @ x.T
+            return total
+
+        return sum(self._run(scatter, self.rows.shape[1]))
+
+    def _features(self, block: slice, dtype: np.dtype[Any], shift: Array, *, keep: bool) -> Array:
+        """Features of a block about `shift`: (F, b)."""
+        kept = self._kept.get((dtype, block.start)) if keep else None
+        if kept is not None:
+            return kept
+        d = self.rows.shape[1]
+        phi = np.empty((self.n_features, block.stop - block.start), dtype=dtype)
+        phi[0] = 1
+        x = phi[1 : 1 + d]
+        np.subtract(self._read(block, dtype), shift[:, None].astype(dtype), out=x)
+        self.covariance.write_quadratic(x, phi[1 + d :])
+        if keep and self.rows.shape[0] * self.n_features * dtype.itemsize <= KEPT_BYTES:
+            self._kept[dtype, block.start] = phi
+        return phi
+
+    @property
+    def n_features(self) -> int:
+        """Number of features of a row, F."""
+        d = self.rows.shape[1]
+        return 1 + d + self.covariance.n_quadratic(d)
+
+    def _read(self, block: slice, dtype: np.dtype[Any]) -> Array:
+        """Rows of a block as columns: (d, b)."""
+        return np.asarray(self.rows.array[block]).astype(dtype, copy=False).T
+
+    def _weight(self, block: slice) -> Array | None:
+        return None if self.rows.sample_weight is None else self.rows.sample_weight[block]
+
+    def _run(self, function: Callable[[slice], T], k: int) -> list[T]:
+        """`function` of each slab, in order: on as many threads as BLAS may use, each with one thread of BLAS."""
+        n = self.rows.shape[0]
+        work = 4 * n * (k + 8) * self.n_features
+        n_slabs = max(1, min(MOST_SLABS, work // SLAB_FLOPS, n // BLOCK_ROWS))
+        blocks = -(-n // BLOCK_ROWS)
+        parts = list(slices(n, -(-blocks // n_slabs) * BLOCK_ROWS))
+        with one_blas_thread() as threads:
+            if min(threads, len(parts)) == 1:
+                return [function(part) for part in parts]
+            with ThreadPoolExecutor(min(threads, len(parts))) as pool:
+                return list(pool.map(function, parts))
+
+
+class _Sums:
+    """Weighted sums of features over the rows of a slab, block by block, in float64."""
+
+    def __init__(self, engine: Engine, k: int, dtype: np.dtype[Any], slab: slice) -> None:
+        self.engine, self.dtype, self.slab = engine, dtype, slab
+        d = engine.rows.shape[1]
+        self.sums = np.zeros((engine.n_features, k))
+        self.log_likelihood = 0.0
+        self.scatter = np.zeros((d, d))
+        self._logits = np.empty((k, BLOCK_ROWS), dtype=dtype)
+
+    def blocks(self) -> Iterator[slice]:
+        return _within(self.slab, BLOCK_ROWS)
+
+    def soften(self, phi: Array, natural: Array, weight: Array | None) -> None:
+        """E-step and sums of a block with these features (F, b)."""
+        logits = self._logits[:, : phi.shape[1]] if phi.shape[1] < BLOCK_ROWS else self._logits
+        np.matmul(natural, phi, out=logits)
+        evidence, total = _softmax(logits)
+        evidence = evidence.astype(np.float64)
+        if weight is None:
+            logits *= 1 / total
+            self.log_likelihood += float(evidence.sum())
+        else:
+            logits *= (weight / total).astype(self.dtype)
+            self.log_likelihood += float(evidence @ weight)
+        self.sums += phi @ logits.T
+
+    def add(self, x: Array, r: Array, weight: Array | None) -> None:
+        """Sums of columns x (d, b), about whatever they are about, with responsibilities r (k, b)."""
+        d, b = x.shape
+        covariance = self.engine.covariance
+        phi = np.empty((self.engine.n_features, b))
+        phi[0], phi[1 : 1 + d] = 1, x
+        covariance.write_quadratic(phi[1 : 1 + d], phi[1 + d :])
+        weighted = r if weight is None else r * weight
+        self.sums += phi @ weighted.T
+        if not covariance.n_quadratic(d):
+            self.scatter += (x if weight is None else x * weight) @ x.T
+
+    def statistics(self, origin: Array, scatter: Array | None) -> SufficientStatistics:
+        """The sums by their names, with `scatter` for a covariance type that has no quadratic features."""
+        d = self.engine.rows.shape[1]
+        sums = self.sums.T
+        covariance = self.engine.covariance
+        if covariance.n_quadratic(d):
+            second_moments = covariance.unpack_quadratic(np.ascontiguousarray(sums[:, 1 + d :]), d)
+        else:
+            second_moments = np.zeros((d, d)) if scatter is None else scatter
+        return SufficientStatistics(
+            origin, sums[:, 0].copy(), sums[:, 1 : 1 + d].copy(), second_moments, np.asarray(self.log_likelihood)
+        )
+
+
+def natural_parameters(parameters: Parameters, shift: Array, covariance: Covariance) -> Array:
+    """What log pi_k + log N(x; mu_k, Sigma_k) multiplies the features of x - shift with: (k, F).
+
+    Without the term -(x - shift)^T A (x - shift) / 2 where all components share it.
+    """
+    k, d = parameters.means.shape
+    means, factor = parameters.means - shift, parameters.precision_cholesky
+    linear = covariance.precision_times(means, factor)
+    positive = parameters.weights > 0
+    log_weights = np.where(positive, np.log(np.where(positive, parameters.weights, 1)), LOG_ZERO)
+    constant = (
+        log_weights
+        + covariance.log_det(factor, d)
+        - 0.5 * d * math.log(2 * math.pi)
+        - 0.5 * np.sum(means * linear, axis=1)
+    )
+    quadratic = np.broadcast_to(covariance.quadratic_coefficients(factor, d), (k, covariance.n_quadratic(d)))
+    return np.concatenate([constant[:, None], linear, quadratic], axis=1)
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[int]:
+    """Within it, BLAS runs on the calling thread alone; gives the number of threads that it would have used.
+
+    The setting belongs to the process. Where several threads are inside at once, the last to leave restores it.
+    """
+    with _blas.lock:
+        if _blas.inside == 0:
+            _blas.threads = max((library["num_threads"] for library in _controller().info()), default=1)
+            _blas.limiter = _controller().limit(limits=1)
+        _blas.inside += 1
+        threads = _blas.threads
+    try:
+        yield threads
+    finally:
+        with _blas.lock:
+            _blas.inside -= 1
+            if _blas.inside == 0:
+                _blas.limiter.restore_original_limits()
+
+
+class _Blas:
+    """Who is inside `one_blas_thread`."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.threads = threading.Lock(), 0, 1
+        self.limiter: Any = None
+
+
+_blas = _Blas()
+
+
+@cache
+def _controller() -> Any:
+    return ThreadpoolController().select(user_api="blas")
+
+
+def _softmax(logits: Array) -> tuple[Array, Array]:
+    """Turns logits (k, b) into exp(logits - largest), in place; log-sum-exp (b,) and the sum of what is left (b,)."""
+    floor = FLOOR[logits.dtype]
+    largest = logits.max(axis=0)
+    logits -= largest
+    np.maximum(logits, floor, out=logits)
+    np.exp(logits, out=logits)
+    # What was floored is exactly zero: a component far from all rows counts as empty and keeps its place.
+    logits -= _exp_of_floor(logits.dtype)
+    total = logits.sum(axis=0)
+    return largest + np.log(total), total
+
+
+@cache
+def _exp_of_floor(dtype: np.dtype[Any]) -> Any:
+    """exp(floor) as the vectorised loop rounds it, which is not always as a scalar exp does."""
+    return np.exp(np.full(BLOCK_ROWS, FLOOR[dtype], dtype=dtype))[0]
+
+
+def _one_hot(labels: Array, k: int) -> Array:
+    return (labels == np.arange(k)[:, None]).astype(np.float64)
+
+
+def _within(slab: slice, size: int) -> Iterator[slice]:
+    for part in slices(slab.stop - slab.start, size):
+        yield slice(slab.start + part.start, slab.start + part.stop)
+
+
+def _total(parts: list[SufficientStatistics]) -> SufficientStatistics:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
