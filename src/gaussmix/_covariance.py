@@ -11,6 +11,7 @@ and the statistics as their weighted sums. It is exact as long as `kappa` times 
 """
 
 from abc import ABC, abstractmethod
+from functools import cache
 
 import numpy as np
 
@@ -208,18 +209,21 @@ class Full(_Matrices):
         return d * (d + 1) // 2
 
     def write_quadratic(self, x: Array, out: Array) -> None:
-        start = 0
-        for i in range(x.shape[0]):
-            stop = start + x.shape[0] - i
-            np.multiply(x[i], x[i:], out=out[start:stop])
-            start = stop
+        # Shift by shift, x_i x_{i+s}: one call for all shifts, since threads that make many short ones wait for Python.
+        d, b = x.shape
+        n_shifts = (d + 1) // 2
+        cyclic = np.concatenate([x, x[: d // 2]])
+        shifted = np.lib.stride_tricks.sliding_window_view(cyclic, d, axis=0)[:n_shifts].swapaxes(1, 2)
+        np.multiply(x, shifted, out=out[: n_shifts * d].reshape(n_shifts, d, b))
+        if d % 2 == 0:
+            np.multiply(x[: d // 2], x[d // 2 :], out=out[n_shifts * d :])
 
     def quadratic_coefficients(self, precision_cholesky: Array, d: int) -> Array:
-        i, j = np.triu_indices(d)
+        i, j = _cyclic_pairs(d)
         return np.where(i == j, -0.5, -1.0) * self.square(precision_cholesky)[:, i, j]
 
     def unpack_quadratic(self, sums: Array, d: int) -> Array:
-        i, j = np.triu_indices(d)
+        i, j = _cyclic_pairs(d)
         moments = np.empty((sums.shape[0], d, d), dtype=sums.dtype)
         moments[:, i, j] = moments[:, j, i] = sums
         return moments
@@ -404,6 +408,13 @@ def _cholesky_or_nan(matrices: Array) -> Array:
     smallest = matrices.shape[-1] * float(xp.finfo(matrices.dtype).eps) * xp.linalg.diagonal(matrices)
     regular = xp.all(xp.linalg.diagonal(cholesky) ** 2 > smallest, axis=-1)
     return xp.where(regular[..., None, None], cholesky, xp.nan)
+
+
+@cache
+def _cyclic_pairs(d: int) -> tuple[Array, Array]:
+    """Indices i, j of the products x_i x_j with each pair once: j = i + s modulo d for one shift s after the other."""
+    s, i = np.divmod(np.arange(d * (d + 1) // 2), d)
+    return i, (i + s) % d
 
 
 def _symmetrized(matrices: Array) -> Array:

@@ -36,10 +36,12 @@ from gaussmix._typing import Array
 
 logger = logging.getLogger("gaussmix")
 
-# Rows of a block: long enough for the matrix products, short enough for the cache.
-BLOCK_ROWS = 512
+# A block's features, logits and responsibilities take about this many bytes: what a core's share of the cache holds.
+# Its rows are at least and at most so many: enough for the matrix products, and for threads to wait seldom for Python.
+BLOCK_BYTES = 2_200_000
+BLOCK_ROWS = (256, 4096)
 # Features of a small data set are kept from one iteration to the next, up to this many bytes.
-KEPT_BYTES = 2**25
+KEPT_BYTES = 2**26
 # A slab is worth a thread from this many floating-point operations on; there are at most so many of them.
 SLAB_FLOPS = 10**8
 MOST_SLABS = 16
@@ -100,8 +102,8 @@ class Engine:
         """Parameters of the rows that are nearest to each of `means` (k, d)."""
 
         def statistics(slab: slice) -> SufficientStatistics:
-            sums = _Sums(self, means.shape[0], np.dtype(np.float64), slab)
-            for block in sums.blocks():
+            sums = _Sums(self, means.shape[0], np.dtype(np.float64))
+            for block in _within(slab, self._block_rows(means.shape[0], sums.dtype)):
                 x = self._read(block, np.dtype(np.float64))
                 labels = nearest(x.T, means)
                 # Features about the row's own centroid: nothing cancels, whatever the distances between them.
@@ -147,9 +149,9 @@ class Engine:
         natural = natural_parameters(parameters, shift, self.covariance).astype(form.dtype)
 
         def statistics(slab: slice) -> SufficientStatistics:
-            sums = _Sums(self, len(natural), form.dtype, slab)
-            for block in sums.blocks():
-                sums.soften(self._features(block, form.dtype, shift, keep=True), natural, self._weight(block))
+            sums = _Sums(self, len(natural), form.dtype)
+            for block in _within(slab, self._block_rows(len(natural), form.dtype)):
+                sums.soften(self._kept_features(block, shift, sums.phi), natural, self._weight(block))
             return sums.statistics(shift, scatter=None)
 
         total = _total(self._run(statistics, len(natural)))
@@ -198,12 +200,15 @@ class Engine:
         out = np.empty((self.rows.shape[0], *shape), dtype=form.dtype if dtype is None else dtype)
         natural = natural_parameters(parameters, shift, self.covariance).astype(form.dtype)
         factor = parameters.precision_cholesky.astype(form.dtype)
-        size = BLOCK_ROWS if form.expanded else max(1, _array_api.BLOCK_ELEMENTS // parameters.means.size)
+        size = self._block_rows(len(natural), form.dtype)
+        if not form.expanded:
+            size = max(1, _array_api.BLOCK_ELEMENTS // parameters.means.size)
 
         def infer(slab: slice) -> None:
+            buffer = np.empty((self.n_features, size), dtype=form.dtype)
             for block in _within(slab, size):
                 if form.expanded:
-                    phi = self._features(block, form.dtype, shift, keep=False)
+                    phi = self._features(block, shift, buffer[:, : block.stop - block.start])
                     out[block] = expanded(natural @ phi, phi[1 : 1 + self.rows.shape[1]], factor)
                 else:
                     out[block] = centred(self._read(block, form.dtype).T, parameters, self.covariance)
@@ -233,7 +238,7 @@ class Engine:
     @cached_property
     def _shift(self) -> Array:
         """The mean of the rows, in float64 but with no more digits than the data: x - shift is rounded once."""
-        mean = self.rows.mean(BLOCK_ROWS * 8)
+        mean = self.rows.mean(BLOCK_ROWS[1])
         dtype = self.rows.array.dtype
         return mean.astype(dtype).astype(np.float64) if np.issubdtype(dtype, np.floating) else mean
 
@@ -245,7 +250,7 @@ class Engine:
 
         def scatter(slab: slice) -> Array:
             total = np.zeros((self.rows.shape[1],) * 2)
-            for block in _within(slab, BLOCK_ROWS):
+            for block in _within(slab, BLOCK_ROWS[1]):
                 x = self._read(block, np.dtype(np.float64)) - self._shift[:, None]
                 weight = self._weight(block)
                 total += (x if weight is None else x * weight) @ x.T
@@ -253,20 +258,29 @@ class Engine:
 
         return sum(self._run(scatter, self.rows.shape[1]))
 
-    def _features(self, block: slice, dtype: np.dtype[Any], shift: Array, *, keep: bool) -> Array:
-        """Features of a block about `shift`: (F, b)."""
-        kept = self._kept.get((dtype, block.start)) if keep else None
-        if kept is not None:
-            return kept
+    def _kept_features(self, block: slice, shift: Array, buffer: Array) -> Array:
+        """Features of a block about `shift` (F, b): those of the last iteration, or new ones in `buffer`."""
+        key = (buffer.dtype, block.start)
+        if key in self._kept:
+            return self._kept[key]
+        if self.rows.shape[0] * self.n_features * buffer.itemsize > KEPT_BYTES:
+            return self._features(block, shift, buffer[:, : block.stop - block.start])
+        phi = np.empty((self.n_features, block.stop - block.start), dtype=buffer.dtype)
+        return self._kept.setdefault(key, self._features(block, shift, phi))
+
+    def _features(self, block: slice, shift: Array, phi: Array) -> Array:
+        """Features of a block about `shift`, into `phi` (F, b)."""
         d = self.rows.shape[1]
-        phi = np.empty((self.n_features, block.stop - block.start), dtype=dtype)
-        phi[0] = 1
         x = phi[1 : 1 + d]
-        np.subtract(self._read(block, dtype), shift[:, None].astype(dtype), out=x)
+        phi[0] = 1
+        np.subtract(self._read(block, phi.dtype), shift[:, None].astype(phi.dtype), out=x)
         self.covariance.write_quadratic(x, phi[1 + d :])
-        if keep and self.rows.shape[0] * self.n_features * dtype.itemsize <= KEPT_BYTES:
-            self._kept[dtype, block.start] = phi
         return phi
+
+    def _block_rows(self, k: int, dtype: np.dtype[Any]) -> int:
+        """Rows of a block."""
+        rows = BLOCK_BYTES // ((self.n_features + 2 * k) * dtype.itemsize)
+        return int(np.clip(rows // 64 * 64, *BLOCK_ROWS))
 
     @property
     def n_features(self) -> int:
@@ -285,9 +299,8 @@ class Engine:
         """`function` of each slab, in order: on as many threads as BLAS may use, each with one thread of BLAS."""
         n = self.rows.shape[0]
         work = 4 * n * (k + 8) * self.n_features
-        n_slabs = max(1, min(MOST_SLABS, work // SLAB_FLOPS, n // BLOCK_ROWS))
-        blocks = -(-n // BLOCK_ROWS)
-        parts = list(slices(n, -(-blocks // n_slabs) * BLOCK_ROWS))
+        n_slabs = max(1, min(MOST_SLABS, work // SLAB_FLOPS, n // BLOCK_ROWS[0]))
+        parts = list(slices(n, -(-n // n_slabs)))
         with one_blas_thread() as threads:
             if min(threads, len(parts)) == 1:
                 return [function(part) for part in parts]
@@ -298,20 +311,19 @@ class Engine:
 class _Sums:
     """Weighted sums of features over the rows of a slab, block by block, in float64."""
 
-    def __init__(self, engine: Engine, k: int, dtype: np.dtype[Any], slab: slice) -> None:
-        self.engine, self.dtype, self.slab = engine, dtype, slab
-        d = engine.rows.shape[1]
+    def __init__(self, engine: Engine, k: int, dtype: np.dtype[Any]) -> None:
+        self.engine, self.dtype = engine, dtype
+        d, size = engine.rows.shape[1], engine._block_rows(k, dtype)
         self.sums = np.zeros((engine.n_features, k))
         self.log_likelihood = 0.0
         self.scatter = np.zeros((d, d))
-        self._logits = np.empty((k, BLOCK_ROWS), dtype=dtype)
-
-    def blocks(self) -> Iterator[slice]:
-        return _within(self.slab, BLOCK_ROWS)
+        self.phi = np.empty((engine.n_features, size), dtype=dtype)
+        self._logits = np.empty(k * size, dtype=dtype)
+        self._product = np.empty_like(self.sums, dtype=dtype)
 
     def soften(self, phi: Array, natural: Array, weight: Array | None) -> None:
         """E-step and sums of a block with these features (F, b)."""
-        logits = self._logits[:, : phi.shape[1]] if phi.shape[1] < BLOCK_ROWS else self._logits
+        logits = self._logits[: len(natural) * phi.shape[1]].reshape(len(natural), phi.shape[1])
         np.matmul(natural, phi, out=logits)
         evidence, total = _softmax(logits)
         evidence = evidence.astype(np.float64)
@@ -321,7 +333,7 @@ class _Sums:
         else:
             logits *= (weight / total).astype(self.dtype)
             self.log_likelihood += float(evidence @ weight)
-        self.sums += phi @ logits.T
+        self.sums += np.matmul(phi, logits.T, out=self._product)
 
     def add(self, x: Array, r: Array, weight: Array | None) -> None:
         """Sums of columns x (d, b), about whatever they are about, with responsibilities r (k, b)."""
@@ -422,7 +434,7 @@ def _softmax(logits: Array) -> tuple[Array, Array]:
 @cache
 def _exp_of_floor(dtype: np.dtype[Any]) -> Any:
     """exp(floor) as the vectorised loop rounds it, which is not always as a scalar exp does."""
-    return np.exp(np.full(BLOCK_ROWS, FLOOR[dtype], dtype=dtype))[0]
+    return np.exp(np.full(BLOCK_ROWS[0], FLOOR[dtype], dtype=dtype))[0]
 
 
 def _one_hot(labels: Array, k: int) -> Array:
