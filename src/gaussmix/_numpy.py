@@ -25,7 +25,7 @@ import numpy as np
 from array_api_compat import is_numpy_array, is_torch_array
 from threadpoolctl import ThreadpoolController
 
-from gaussmix import _array_api
+from gaussmix import _array_api, _pruning
 from gaussmix._array_api import nearest
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import Covariance
@@ -45,6 +45,11 @@ KEPT_BYTES = 2**26
 # A slab is worth a thread from this many floating-point operations on; there are at most so many of them.
 SLAB_FLOPS = 10**8
 MOST_SLABS = 16
+# Pruning pays where this many times fewer components than there are matter to a row, as a sample of rows tells.
+PRUNING_GAIN = 6
+PRUNING_SAMPLE = 256
+# Rows of a slab for each component, so that a component's group makes a matrix product; at least four slabs.
+PRUNING_ROWS = 2048
 # Largest tolerable error of a log-density, in nats, for float32 and float64 data.
 TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float64): 1e-10}
 # exp below it is subnormal, or about to be; such responsibilities are exactly zero.
@@ -91,6 +96,7 @@ class Engine:
         self.covariance, self.reg_covar = covariance, reg_covar
         self._tolerance = TOLERANCE.get(self.rows.array.dtype, TOLERANCE[np.dtype(np.float64)])
         self._forms = [form for form in FORMS if form.dtype.itemsize >= min(8, self.rows.array.dtype.itemsize)]
+        self._labels: Array | None = None
         self._kept: dict[tuple[np.dtype[Any], int], Array] = {}
 
     @property
@@ -119,15 +125,28 @@ class Engine:
         return _array_api.Engine(self.rows, self.covariance, self.reg_covar).from_responsibilities(k, draw)
 
     def advance(self, parameters: Parameters, *, at_most: int, previous: float, tolerance: float) -> Progress:
+        """Up to `at_most` EM iterations; stops where a lower bound is within `tolerance` of the one before."""
+        bounds: list[float] = []
+        with one_blas_thread():
+            self._fall_back_for(parameters, self._shift)
+            while len(bounds) < at_most:
+                bound, parameters = self._iterate(parameters)
+                bounds.append(bound)
+                converged = abs(bound - previous) < tolerance
+                previous = bound
+                if converged or not math.isfinite(bound):
+                    break
+        return Progress(parameters, tuple(bounds), converged)
+
+    def _iterate(self, parameters: Parameters) -> tuple[float, Parameters]:
         """One EM iteration: the lower bound of `parameters`, and the parameters after it."""
         while True:
-            self._fall_back_for(parameters, self._shift)
             form = self._forms[0]
             statistics = self.expect(parameters)
             bound = statistics.lower_bound
             last = len(self._forms) == 1
             if not math.isfinite(bound) and last:
-                return Progress(parameters, (bound,), converged=False)
+                return bound, parameters
             try:
                 new = maximize(statistics, parameters.means, self.covariance, self.reg_covar)
             except SingularCovarianceError:
@@ -138,10 +157,13 @@ class Engine:
             # The moments cancel as far as the new parameters say.
             self._fall_back_for(new, self._shift)
             if form is self._forms[0]:
-                return Progress(new, (bound,), converged=abs(bound - previous) < tolerance)
+                return bound, new
 
     def expect(self, parameters: Parameters) -> SufficientStatistics:
         """Statistics of all rows."""
+        pruned = self._pruned(parameters)
+        if pruned is not None:
+            return pruned
         form = self._forms[0]
         if not form.expanded:
             return _total(self._run(lambda slab: self._centred(slab).expect(parameters), len(parameters.weights)))
@@ -162,6 +184,33 @@ class Engine:
         return SufficientStatistics(
             shift, total.counts, total.first_moments, self._scatter, total.log_likelihood - 0.5 * trace
         )
+
+    def _pruned(self, parameters: Parameters) -> SufficientStatistics | None:
+        """Statistics of all rows, computed for few components of each; None where that would not pay."""
+        (n, d), k = self.rows.shape, len(parameters.weights)
+        # Worth it where the features are many more than the numbers they are made from.
+        most = k / PRUNING_GAIN
+        if self.covariance.n_quadratic(d) <= d or most < 1 or not np.issubdtype(self.rows.array.dtype, np.floating):
+            return None
+        bounds = _pruning.bounds_of(parameters, self.covariance, self._shift, _log_weights(parameters.weights))
+        sample = np.asarray(self.rows.array[:: max(1, n // PRUNING_SAMPLE)][:PRUNING_SAMPLE])
+        logits = _array_api.log_prob(sample.astype(np.float64), parameters, self.covariance).T
+        largest = (logits + _log_weights(parameters.weights)[:, None]).max(axis=0)
+        if np.mean(np.sum(bounds.of(sample) >= largest - _pruning.MARGIN, axis=0)) > most:
+            return None
+        if self._labels is None:
+            self._labels = np.zeros(n, dtype=np.min_scalar_type(-k))
+            for block in slices(n, _pruning.BLOCK_ROWS):
+                self._labels[block] = bounds.of(self.rows.array[block]).argmax(axis=0)
+        labels = self._labels
+
+        def statistics(slab: slice) -> SufficientStatistics:
+            rows = np.asarray(self.rows.array[slab])
+            return _pruning.expect(rows, self._weight(slab), labels[slab], parameters, self.covariance, bounds)
+
+        total = _total(self._run(statistics, k, least_rows=min(PRUNING_ROWS * k, -(-n // 4))))
+        alive = parameters.weights > 0
+        return total if np.all(total.counts[alive] >= _pruning.SMALLEST_COUNT) else None
 
     def log_evidence(self, parameters: Parameters) -> Array:
         """Log-density of each row under the mixture: (n,)."""
@@ -295,11 +344,11 @@ class Engine:
     def _weight(self, block: slice) -> Array | None:
         return None if self.rows.sample_weight is None else self.rows.sample_weight[block]
 
-    def _run(self, function: Callable[[slice], T], k: int) -> list[T]:
+    def _run(self, function: Callable[[slice], T], k: int, least_rows: int = BLOCK_ROWS[0]) -> list[T]:
         """`function` of each slab, in order: on as many threads as BLAS may use, each with one thread of BLAS."""
         n = self.rows.shape[0]
         work = 4 * n * (k + 8) * self.n_features
-        n_slabs = max(1, min(MOST_SLABS, work // SLAB_FLOPS, n // BLOCK_ROWS[0]))
+        n_slabs = max(1, min(MOST_SLABS, work // SLAB_FLOPS, n // least_rows))
         parts = list(slices(n, -(-n // n_slabs)))
         with one_blas_thread() as threads:
             if min(threads, len(parts)) == 1:
@@ -369,16 +418,19 @@ def natural_parameters(parameters: Parameters, shift: Array, covariance: Covaria
     k, d = parameters.means.shape
     means, factor = parameters.means - shift, parameters.precision_cholesky
     linear = covariance.precision_times(means, factor)
-    positive = parameters.weights > 0
-    log_weights = np.where(positive, np.log(np.where(positive, parameters.weights, 1)), LOG_ZERO)
     constant = (
-        log_weights
+        _log_weights(parameters.weights)
         + covariance.log_det(factor, d)
         - 0.5 * d * math.log(2 * math.pi)
         - 0.5 * np.sum(means * linear, axis=1)
     )
     quadratic = np.broadcast_to(covariance.quadratic_coefficients(factor, d), (k, covariance.n_quadratic(d)))
     return np.concatenate([constant[:, None], linear, quadratic], axis=1)
+
+
+def _log_weights(weights: Array) -> Array:
+    positive = weights > 0
+    return np.where(positive, np.log(np.where(positive, weights, 1)), LOG_ZERO)
 
 
 @contextmanager
@@ -389,7 +441,7 @@ def one_blas_thread() -> Iterator[int]:
     """
     with _blas.lock:
         if _blas.inside == 0:
-            _blas.threads = max((library["num_threads"] for library in _controller().info()), default=1)
+            _blas.threads = max((library.num_threads for library in _controller().lib_controllers), default=1)
             _blas.limiter = _controller().limit(limits=1)
         _blas.inside += 1
         threads = _blas.threads

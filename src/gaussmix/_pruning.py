@@ -1,0 +1,154 @@
+"""The centred E-step without the components whose responsibility for a row is bound to be zero.
+
+Where features are many, log-densities are steep: most rows have one or two components that matter. Sigma_k is no wider
+than its norm, so that with lambda_k = 1 / norm(Sigma_k)
+
+    log pi_k + log N(x; mu_k, Sigma_k) <= log pi_k + log det U_k - d log(2 pi) / 2 - lambda_k |x - mu_k|^2 / 2:
+
+one narrow matrix product bounds all components. Those that stay more than `MARGIN` nats below one that is known are
+left out: what they would add is smaller than rounding. For the rest x - mu_k is formed before anything is multiplied,
+in float64, for all rows of a component at once.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gaussmix._covariance import Covariance
+from gaussmix._parameters import Parameters, SufficientStatistics
+from gaussmix._typing import Array
+
+# A responsibility below exp(-100) = 4e-44 is left out; a component whose count comes out below SMALLEST_COUNT might
+# have lived on such ones alone, and is computed without pruning.
+MARGIN = 100.0
+SMALLEST_COUNT = 1e-20
+# Rows that are grouped by component at a time, so that a component's group makes a matrix product.
+GROUP_ROWS = 2**16
+# Rows of a block of bounds.
+BLOCK_ROWS = 2**11
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Upper bounds on the weighted log-densities of all components."""
+
+    constants: Array  # (k,): log pi_k + log det U_k - d log(2 pi) / 2
+    steepness: Array  # (k,): lambda_k
+    offsets: Array  # (k, d): mu_k - shift
+    shift: Array  # (d,)
+
+    def of(self, rows: Array) -> Array:
+        """Upper bounds for rows (b, d), in their dtype: (k, b). Rounding is added, so that they stay upper bounds."""
+        x = rows - self.shift.astype(rows.dtype)
+        squares = np.einsum("bd,bd->b", x, x)
+        half = 0.5 * self.steepness
+        norms = np.einsum("kd,kd->k", self.offsets, self.offsets)
+        rounding = 16 * float(np.finfo(rows.dtype).eps) * half * (norms + float(squares.max(initial=0)))
+        bounds = (2 * half[:, None] * self.offsets).astype(rows.dtype) @ x.T
+        bounds += (self.constants - half * norms + rounding).astype(rows.dtype)[:, None]
+        bounds -= half.astype(rows.dtype)[:, None] * squares
+        return bounds
+
+
+def bounds_of(parameters: Parameters, covariance: Covariance, shift: Array, log_weights: Array) -> Bounds:
+    """The bounds for these parameters; `shift` keeps the digits of the products."""
+    k, d = parameters.means.shape
+    constants = log_weights + covariance.log_det(parameters.precision_cholesky, d) - 0.5 * d * math.log(2 * math.pi)
+    steepness = np.broadcast_to(1 / covariance.norm(parameters.covariances), (k,))
+    return Bounds(constants, steepness, parameters.means - shift, shift)
+
+
+def expect(
+    rows: Array,
+    weight: Array | None,
+    labels: Array,
+    parameters: Parameters,
+    covariance: Covariance,
+    bounds: Bounds,
+) -> SufficientStatistics:
+    """Statistics of `rows` (n, d) about the components' means.
+
+    `labels` (n,) is a component that each row is thought to belong to, any will do; it is left with the likeliest.
+    """
+    sums = _Sums(parameters, covariance)
+    for start in range(0, len(rows), GROUP_ROWS):
+        group = slice(start, min(start + GROUP_ROWS, len(rows)))
+        sums.add(rows[group], None if weight is None else weight[group], labels[group], bounds)
+    return SufficientStatistics(
+        parameters.means, sums.counts, sums.first_moments, sums.second_moments, np.asarray(sums.log_likelihood)
+    )
+
+
+class _Sums:
+    """Sums over groups of rows."""
+
+    def __init__(self, parameters: Parameters, covariance: Covariance) -> None:
+        k, d = parameters.means.shape
+        self.parameters, self.covariance = parameters, covariance
+        self.counts, self.first_moments = np.zeros(k), np.zeros((k, d))
+        self.second_moments = np.zeros(covariance.shape(k, d))
+        self.log_likelihood = 0.0
+
+    def add(self, rows: Array, weight: Array | None, labels: Array, bounds: Bounds) -> None:
+        known = np.empty(len(rows))
+        for k, members in _members(labels):
+            known[members] = self._weighted_log_prob(self._centred(rows, members, k), k, bounds)
+        others, components = _candidates(rows, labels, known, bounds)
+        values = np.empty(len(others))
+        for k, places in _members(components):
+            values[places] = self._weighted_log_prob(self._centred(rows, others[places], k), k, bounds)
+
+        largest = known.copy()
+        np.maximum.at(largest, others, values)
+        known, values = np.exp(known - largest), np.exp(values - largest[others])
+        total = known.copy()
+        np.add.at(total, others, values)
+        evidence = largest + np.log(total)
+        scale = 1 / total if weight is None else weight / total
+        self.log_likelihood += float(evidence.sum() if weight is None else evidence @ weight)
+
+        index = np.concatenate([np.arange(len(rows)), others])
+        components = np.concatenate([labels, components.astype(labels.dtype)])
+        r = np.concatenate([known, values]) * scale[index]
+        for k, places in _members(components):
+            self._accumulate(self._centred(rows, index[places], k), r[places], k)
+        likelier = values == 1
+        labels[others[likelier]] = components[len(rows) :][likelier]
+
+    def _centred(self, rows: Array, index: Array, k: int) -> Array:
+        return rows[index] - self.parameters.means[k]
+
+    def _weighted_log_prob(self, centred: Array, k: int, bounds: Bounds) -> Array:
+        factor = self.parameters.precision_cholesky[k : k + 1]
+        return bounds.constants[k] - 0.5 * self.covariance.mahalanobis(centred[None], factor)[0]
+
+    def _accumulate(self, centred: Array, r: Array, k: int) -> None:
+        weighted = r[:, None] * centred
+        self.counts[k] += r.sum()
+        self.first_moments[k] += weighted.sum(axis=0)
+        self.second_moments[k] += self.covariance.second_moments(weighted[None], centred[None])[0]
+
+
+def _candidates(rows: Array, labels: Array, known: Array, bounds: Bounds) -> tuple[Array, Array]:
+    """Rows and components, other than a row's label, whose bound is not far below what is known of the row."""
+    found: list[tuple[Array, Array]] = []
+    for start in range(0, len(rows), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        upper = bounds.of(rows[block])
+        candidate = upper >= (known[block] - MARGIN).astype(upper.dtype)
+        candidate[labels[block], np.arange(candidate.shape[1])] = False
+        components, index = np.nonzero(candidate)
+        found.append((start + index, components))
+    index, components = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return index, components
+
+
+def _members(labels: Array) -> Any:
+    """Each label that occurs, with the places where it does."""
+    order = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels) if len(labels) else np.zeros(0, dtype=np.int64)
+    stops = np.cumsum(counts)
+    for k in np.flatnonzero(counts):
+        yield int(k), order[stops[k] - counts[k] : stops[k]]

@@ -1,0 +1,264 @@
+"""The fused CPU path: its forms against each other and against exact arithmetic, its guard, its determinism."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
+
+import oracle
+from cases import PARAMETER_TOLERANCE, assert_close, blobs, start_for
+from conftest import INSTALLED, Library
+from gaussmix import GaussianMixture as PyCaveMixture
+from gaussmix import _array_api, _numpy, _pruning
+from gaussmix._arrays import to_numpy
+from gaussmix._covariance import COVARIANCES
+from gaussmix._data import Rows
+from gaussmix._dispatch import choose
+from gaussmix._parameters import Parameters, maximize
+from gaussmix.sklearn import GaussianMixture
+from strategies import cases
+
+pytestmark = pytest.mark.usefixtures("unconverged")
+
+
+@pytest.fixture(autouse=True)
+def _without_forced_backend(monkeypatch):
+    monkeypatch.delenv("GAUSSMIX_BACKEND", raising=False)
+
+
+def parameters_for(x, k, covariance, seed=0):
+    """Weights, means and covariances of different components, in float64."""
+    rng = np.random.RandomState(seed)
+    d = x.shape[1]
+    shape = covariance.shape(k, d)
+    if covariance.name in ("full", "tied"):
+        factor = np.eye(d) + 0.3 * rng.normal(size=shape)
+        covariances = factor @ np.swapaxes(factor, -1, -2)
+    else:
+        covariances = rng.uniform(0.5, 2, size=shape)
+    weights = rng.dirichlet(np.ones(k))
+    means = np.asarray(x, dtype=np.float64)[rng.choice(len(x), k, replace=False)]
+    return Parameters(weights, means, covariances, covariance.precision_cholesky(covariances))
+
+
+def with_form(rows, covariance, precision, reg_covar=1e-6):
+    engine = _numpy.Engine(rows, covariance, reg_covar)
+    engine._forms = [form for form in _numpy.FORMS if form.precision == precision]
+    return engine
+
+
+@given(cases(min_extra=4), st.sampled_from([form.precision for form in _numpy.FORMS]))
+def test_every_form_takes_the_step_of_the_textbook(case, precision):
+    covariance = COVARIANCES[case.covariance_type]
+    covariances = np.asarray(case.covariances, dtype=np.float64)
+    parameters = Parameters(
+        *(np.asarray(a, dtype=np.float64) for a in (case.weights, case.means)),
+        covariances,
+        covariance.precision_cholesky(covariances),
+    )
+    engine = with_form(Rows(case.x, case.sample_weight), covariance, precision)
+    statistics = engine.expect(parameters)
+    assume(statistics.counts.min() > 1e-6)  # what is floored is no longer what the textbook has
+    found = maximize(statistics, parameters.means, covariance, 1e-3)
+    for valid in (parameters, found):
+        offsets = valid.means - engine._shift
+        kappa = covariance.kappa(valid.covariances, valid.precision_cholesky, offsets).max()
+        form = engine._forms[0]
+        assume(not form.expanded or np.finfo(form.dtype).eps * kappa <= engine._tolerance)
+    expected = oracle.em_step(
+        case.x, case.weights, case.means, case.covariances, case.covariance_type, 1e-3, case.sample_weight
+    )
+    tolerance = PARAMETER_TOLERANCE["float32" if precision == "expanded-float32" else "float64"]
+    for name, value in zip(("weights", "means", "covariances"), expected, strict=True):
+        assert_close(getattr(found, name), value, tolerance, name)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("n", "d", "k"), [(1, 1, 1), (7, 1, 3), (255, 5, 2), (257, 3, 17), (5000, 2, 5), (9001, 17, 3)]
+)
+def test_inference_and_statistics_equal_the_array_api(covariance, dtype, n, d, k, weighted):
+    x = (3 * np.random.RandomState(n).normal(size=(n + k, d))).astype(dtype)
+    weight = np.random.RandomState(0).uniform(0, 2, size=n + k) if weighted else None
+    parameters = parameters_for(x, k, covariance)
+    rows = Rows(x, weight)
+    fast, exact = (module.Engine(rows, covariance, 1e-6) for module in (_numpy, _array_api))
+    assert fast.precision.startswith("expanded")
+    tolerance = 1e-3 if dtype == "float32" else 1e-10
+    assert np.abs(fast.log_evidence(parameters) - exact.log_evidence(parameters)).max() < tolerance
+    proba = fast.responsibilities(parameters)
+    assert np.abs(proba - exact.responsibilities(parameters)).max() < tolerance
+    assert np.array_equal(fast.labels(parameters), proba.argmax(axis=1))
+    found, expected = (
+        maximize(engine.expect(parameters), parameters.means, covariance, 1e-6) for engine in (fast, exact)
+    )
+    for name in ("weights", "means", "covariances"):
+        assert_close(getattr(found, name), getattr(expected, name), PARAMETER_TOLERANCE[dtype], name)
+
+
+def test_tensors_are_read_without_a_copy(covariance, dtype):
+    torch = pytest.importorskip("torch")
+    x = torch.as_tensor(blobs(n=500, d=3, k=2).astype(dtype))
+    engine = _numpy.Engine(Rows(x), covariance, 1e-6)
+    assert np.shares_memory(engine.rows.array, x.numpy())
+    mixture = PyCaveMixture(2, covariance_type=covariance.name, random_state=0).fit(x)
+    assert mixture.backend_ == "numpy"
+    assert isinstance(mixture.means_, torch.Tensor)
+
+
+# (data and mixture, the form that float32 and float64 data end in)
+def two_far_clusters(d=3, distance=1e4):
+    rng = np.random.RandomState(0)
+    return np.concatenate([rng.normal(size=(400, d)), distance + rng.normal(size=(400, d))])
+
+
+@pytest.mark.parametrize("library", [Library(name) for name in INSTALLED if name != "array_api_strict"], ids=str)
+def test_clusters_far_apart_from_a_broad_start_switch_the_form(library, covariance, dtype, caplog):
+    x = two_far_clusters().astype(dtype)
+    exact = x.astype(np.float64).reshape(2, 400, 3)
+    variances = exact.var(axis=1)
+    wide = float(x.astype(np.float64).var())
+    shape = covariance.shape(2, 3)
+    precisions = np.broadcast_to(np.eye(3) / wide if covariance.name in ("full", "tied") else 1 / wide, shape)
+    mixture = GaussianMixture(
+        2,
+        covariance_type=covariance.name,
+        tol=0,
+        max_iter=10,
+        weights_init=[0.5, 0.5],
+        means_init=[[0.0] * 3, [1e4] * 3],
+        precisions_init=precisions.copy(),
+    )
+    with caplog.at_level(logging.INFO, logger="gaussmix"):
+        mixture.fit(library.asarray(x))
+    # For float32 data 1e-3 nats are owed, for float64 data 1e-10.
+    expected_form = "expanded-float64" if dtype == "float32" else "centred-float64"
+    assert mixture.precision_ == expected_form
+    assert f"left for {expected_form}: " in caplog.text
+    found = np.asarray(to_numpy(mixture.covariances_), dtype=np.float64)
+    expected = {
+        "full": np.stack([np.cov(cluster.T, bias=True) for cluster in exact]),
+        "tied": np.mean([np.cov(cluster.T, bias=True) for cluster in exact], axis=0),
+        "diag": variances,
+        "spherical": variances.mean(axis=1),
+    }[covariance.name]
+    assert_close(found, expected, 1e-3, "covariances")
+
+
+def test_moderate_distances_fall_back_to_float64_and_no_further(covariance):
+    mixture = PyCaveMixture(2, covariance_type=covariance.name, random_state=0)
+    mixture.fit(two_far_clusters(distance=300.0).astype(np.float32))
+    assert mixture.precision_ == "expanded-float64"
+    assert (
+        PyCaveMixture(2, covariance_type=covariance.name, random_state=0)
+        .fit(two_far_clusters(distance=6.0).astype(np.float32))
+        .precision_
+        == "expanded-float32"
+    )
+
+
+def test_kappa_predicts_the_error_of_the_expanded_form(covariance):
+    """The bound, not its sharpness: the error stays below ten times eps kappa."""
+    for distance in (0, 10, 1e3, 1e5):
+        x = two_far_clusters(d=4, distance=distance)
+        parameters = parameters_for(x, 3, covariance, seed=1)
+        engine = with_form(Rows(x), covariance, "expanded-float64")
+        engine._tolerance = np.inf
+        shift = parameters.weights @ parameters.means
+        kappa = covariance.kappa(parameters.covariances, parameters.precision_cholesky, parameters.means - shift).max()
+        exact = _array_api.Engine(Rows(x), covariance, 0).log_evidence(parameters)
+        near = np.abs(exact) < 100  # the bound is for rows that a component holds
+        error = np.abs(engine.log_evidence(parameters) - exact)[near].max()
+        assert error <= 10 * np.finfo(np.float64).eps * (kappa + 100)
+
+
+def separated(covariance, n=3000, d=6, k=20):
+    """Rows of clusters far apart, and their mixture."""
+    centres = 30 * np.random.RandomState(0).normal(size=(k, d))
+    x = np.repeat(centres, n // k, axis=0) + np.random.RandomState(1).normal(size=(n, d))
+    return x, dataclasses.replace(parameters_for(x, k, covariance), means=centres)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pruning_changes_nothing_but_rounding(dtype, weighted):
+    covariance = COVARIANCES["full"]
+    x, parameters = separated(covariance)
+    x = x.astype(dtype)
+    weight = np.random.RandomState(0).uniform(0, 2, size=len(x)) if weighted else None
+    engine = _numpy.Engine(Rows(x, weight), covariance, 1e-6)
+    pruned = engine._pruned(parameters)
+    assert pruned is not None
+    exact = _array_api.Engine(Rows(x, weight), covariance, 1e-6).expect(parameters)
+    for name in ("counts", "first_moments", "second_moments", "log_likelihood"):
+        assert_close(getattr(pruned, name), getattr(exact, name), 1e-11, name)
+    # Once more from labels that are all wrong.
+    engine._labels = (engine._labels + 7) % 20
+    again = engine._pruned(parameters)
+    assert_close(again.second_moments, exact.second_moments, 1e-11)
+
+
+def test_upper_bounds_are_upper_bounds(covariance, dtype):
+    x, parameters = separated(covariance)
+    x = (1e3 + x).astype(dtype)
+    parameters = dataclasses.replace(parameters, means=1e3 + parameters.means)
+    shift = x.mean(axis=0).astype(np.float64)
+    log_weights = np.log(parameters.weights)
+    upper = _pruning.bounds_of(parameters, covariance, shift, log_weights).of(x)
+    exact = _array_api.log_prob(x.astype(np.float64), parameters, covariance).T + log_weights[:, None]
+    assert np.all(upper >= exact)
+
+
+def test_a_component_that_lives_on_small_responsibilities_is_not_pruned():
+    x, parameters = separated(COVARIANCES["full"])
+    means = parameters.means.copy()
+    means[0] = 1e4
+    far = dataclasses.replace(parameters, means=means)
+    assert _numpy.Engine(Rows(x), COVARIANCES["full"], 1e-6)._pruned(far) is None
+
+
+def test_overlapping_components_are_not_pruned():
+    x = np.random.RandomState(0).normal(size=(2000, 6))
+    parameters = parameters_for(x, 20, COVARIANCES["full"])
+    assert _numpy.Engine(Rows(x), COVARIANCES["full"], 1e-6)._pruned(parameters) is None
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads(covariance, dtype, monkeypatch):
+    monkeypatch.setattr(_numpy, "SLAB_FLOPS", 1)
+    x = blobs(n=9000, d=4, k=5, seed=3).astype(dtype)
+    start = start_for(x, 5, covariance.name)
+    fits = []
+    for threads in (1, 2):
+        with threadpool_limits(threads, user_api="blas"):
+            fits.append(GaussianMixture(5, covariance_type=covariance.name, tol=0, max_iter=6, **start).fit(x))
+    assert fits[0].lower_bounds_ == fits[1].lower_bounds_
+    assert np.array_equal(fits[0].covariances_, fits[1].covariances_)
+
+
+def test_the_setting_of_blas_is_restored():
+    def threads():
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    before = threads()
+    with _numpy.one_blas_thread() as outer:
+        with _numpy.one_blas_thread() as inner:
+            assert outer == inner == max(before)
+            assert set(threads()) == {1}
+        assert set(threads()) == {1}
+    assert threads() == before
+
+
+def test_dispatch_says_why(monkeypatch):
+    x = np.zeros((3, 1))
+    assert choose(x) == ("numpy", "the data is in host memory")
+    monkeypatch.setenv("GAUSSMIX_BACKEND", "array_api")
+    assert choose(x)[0] == "array_api"
+    strict = pytest.importorskip("array_api_strict")
+    monkeypatch.setenv("GAUSSMIX_BACKEND", "numpy")
+    with pytest.raises(ValueError, match="GAUSSMIX_BACKEND=numpy can not run: .* is neither a NumPy array nor"):
+        PyCaveMixture(1).fit(strict.asarray([[0.0], [1.0]]))
+    monkeypatch.setenv("GAUSSMIX_BACKEND", "auto")
+    assert "neither a NumPy array" in choose(strict.asarray([[0.0]]))[1]
