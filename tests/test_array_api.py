@@ -9,7 +9,7 @@ import oracle
 from cases import LOG_PROB_TOLERANCE, PARAMETER_TOLERANCE, assert_close
 from conftest import INSTALLED, Library
 from gaussmix import GaussianMixture, _array_api
-from gaussmix._arrays import to_numpy
+from gaussmix._arrays import array_namespace, to_numpy
 from gaussmix._covariance import COVARIANCES
 from gaussmix._data import Rows
 from gaussmix._dispatch import engine
@@ -101,7 +101,8 @@ def test_statistics_and_one_step_equal_the_textbook(case, library):
 def about(origin, statistics, covariance):
     """The same statistics about another origin: an implementation chooses its own."""
     counts = statistics.counts
-    shifts = statistics.first_moments / counts[:, None]
+    xp = array_namespace(counts)
+    shifts = statistics.first_moments / xp.where(counts > 0, counts, 1)[:, None]
     means = statistics.origin + shifts
     within = covariance.recentre(statistics.second_moments, counts, shifts)
     return SufficientStatistics(

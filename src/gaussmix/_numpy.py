@@ -97,27 +97,27 @@ class Engine:
         self._tolerance = TOLERANCE.get(self.rows.array.dtype, TOLERANCE[np.dtype(np.float64)])
         self._forms = [form for form in FORMS if form.dtype.itemsize >= min(8, self.rows.array.dtype.itemsize)]
         self._labels: Array | None = None
+        self._was_pruned = False
         self._kept: dict[tuple[np.dtype[Any], int], Array] = {}
 
     @property
     def precision(self) -> str:
-        """The arithmetic of the E-step that is in use."""
-        return self._forms[0].precision
+        """The arithmetic of the last E-step; before it, of the next."""
+        return FORMS[-1].precision if self._was_pruned else self._forms[0].precision
 
     def from_means(self, means: Array) -> Parameters:
         """Parameters of the rows that are nearest to each of `means` (k, d)."""
+        labels = np.empty(self.rows.shape[0], dtype=np.min_scalar_type(-len(means)))
 
         def statistics(slab: slice) -> SufficientStatistics:
-            sums = _Sums(self, means.shape[0], np.dtype(np.float64))
-            for block in _within(slab, self._block_rows(means.shape[0], sums.dtype)):
-                x = self._read(block, np.dtype(np.float64))
-                labels = nearest(x.T, means)
-                # Features about the row's own centroid: nothing cancels, whatever the distances between them.
-                sums.add(x - means[labels].T, _one_hot(labels, means.shape[0]), self._weight(block))
-            return sums.statistics(means, scatter=sums.scatter)
+            for block in _within(slab, BLOCK_ROWS[1]):
+                labels[block] = nearest(self._read(block, np.dtype(np.float64)).T, means)
+            rows = np.asarray(self.rows.array[slab])
+            return _pruning.assign(rows, self._weight(slab), labels[slab], means, self.covariance)
 
-        statistics_ = _total(self._run(statistics, means.shape[0]))
-        return maximize(statistics_, means, self.covariance, self.reg_covar)
+        total = _total(self._run(statistics, len(means)))
+        self._labels = labels
+        return maximize(total, means, self.covariance, self.reg_covar)
 
     def from_responsibilities(self, k: int, draw: Callable[[int], Array]) -> Parameters:
         """Parameters for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
@@ -162,6 +162,7 @@ class Engine:
     def expect(self, parameters: Parameters) -> SufficientStatistics:
         """Statistics of all rows."""
         pruned = self._pruned(parameters)
+        self._was_pruned = pruned is not None
         if pruned is not None:
             return pruned
         form = self._forms[0]
@@ -174,7 +175,7 @@ class Engine:
             sums = _Sums(self, len(natural), form.dtype)
             for block in _within(slab, self._block_rows(len(natural), form.dtype)):
                 sums.soften(self._kept_features(block, shift, sums.phi), natural, self._weight(block))
-            return sums.statistics(shift, scatter=None)
+            return sums.statistics(shift)
 
         total = _total(self._run(statistics, len(natural)))
         if self._scatter is None:
@@ -362,10 +363,9 @@ class _Sums:
 
     def __init__(self, engine: Engine, k: int, dtype: np.dtype[Any]) -> None:
         self.engine, self.dtype = engine, dtype
-        d, size = engine.rows.shape[1], engine._block_rows(k, dtype)
+        size = engine._block_rows(k, dtype)
         self.sums = np.zeros((engine.n_features, k))
         self.log_likelihood = 0.0
-        self.scatter = np.zeros((d, d))
         self.phi = np.empty((engine.n_features, size), dtype=dtype)
         self._logits = np.empty(k * size, dtype=dtype)
         self._product = np.empty_like(self.sums, dtype=dtype)
@@ -384,27 +384,15 @@ class _Sums:
             self.log_likelihood += float(evidence @ weight)
         self.sums += np.matmul(phi, logits.T, out=self._product)
 
-    def add(self, x: Array, r: Array, weight: Array | None) -> None:
-        """Sums of columns x (d, b), about whatever they are about, with responsibilities r (k, b)."""
-        d, b = x.shape
-        covariance = self.engine.covariance
-        phi = np.empty((self.engine.n_features, b))
-        phi[0], phi[1 : 1 + d] = 1, x
-        covariance.write_quadratic(phi[1 : 1 + d], phi[1 + d :])
-        weighted = r if weight is None else r * weight
-        self.sums += phi @ weighted.T
-        if not covariance.n_quadratic(d):
-            self.scatter += (x if weight is None else x * weight) @ x.T
-
-    def statistics(self, origin: Array, scatter: Array | None) -> SufficientStatistics:
-        """The sums by their names, with `scatter` for a covariance type that has no quadratic features."""
+    def statistics(self, origin: Array) -> SufficientStatistics:
+        """The sums by their names; second moments only of a covariance type that has quadratic features."""
         d = self.engine.rows.shape[1]
         sums = self.sums.T
         covariance = self.engine.covariance
         if covariance.n_quadratic(d):
             second_moments = covariance.unpack_quadratic(np.ascontiguousarray(sums[:, 1 + d :]), d)
         else:
-            second_moments = np.zeros((d, d)) if scatter is None else scatter
+            second_moments = np.zeros((d, d))
         return SufficientStatistics(
             origin, sums[:, 0].copy(), sums[:, 1 : 1 + d].copy(), second_moments, np.asarray(self.log_likelihood)
         )
@@ -487,10 +475,6 @@ def _softmax(logits: Array) -> tuple[Array, Array]:
 def _exp_of_floor(dtype: np.dtype[Any]) -> Any:
     """exp(floor) as the vectorised loop rounds it, which is not always as a scalar exp does."""
     return np.exp(np.full(BLOCK_ROWS[0], FLOOR[dtype], dtype=dtype))[0]
-
-
-def _one_hot(labels: Array, k: int) -> Array:
-    return (labels == np.arange(k)[:, None]).astype(np.float64)
 
 
 def _within(slab: slice, size: int) -> Iterator[slice]:

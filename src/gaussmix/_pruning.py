@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gaussmix._covariance import Covariance
+from gaussmix._data import slices
 from gaussmix._parameters import Parameters, SufficientStatistics
 from gaussmix._typing import Array
 
@@ -72,75 +73,96 @@ def expect(
 
     `labels` (n,) is a component that each row is thought to belong to, any will do; it is left with the likeliest.
     """
-    sums = _Sums(parameters, covariance)
-    for start in range(0, len(rows), GROUP_ROWS):
-        group = slice(start, min(start + GROUP_ROWS, len(rows)))
-        sums.add(rows[group], None if weight is None else weight[group], labels[group], bounds)
-    return SufficientStatistics(
-        parameters.means, sums.counts, sums.first_moments, sums.second_moments, np.asarray(sums.log_likelihood)
-    )
+    sums = _Sums(parameters.means, covariance)
+    for group in slices(len(rows), GROUP_ROWS):
+        evidence, index, components, r = _responsibilities(rows[group], labels[group], parameters, covariance, bounds)
+        if weight is not None:
+            evidence, r = evidence * weight[group], r * weight[group][index]
+        sums.log_likelihood += float(evidence.sum())
+        sums.add(rows[group], index, components, r)
+    return sums.statistics()
+
+
+def assign(
+    rows: Array, weight: Array | None, labels: Array, means: Array, covariance: Covariance
+) -> SufficientStatistics:
+    """Statistics of `rows` (n, d) about `means`, each row with its whole weight in the component of its label."""
+    sums = _Sums(means, covariance)
+    sums.add(rows, np.arange(len(rows)), labels, np.ones(len(rows)) if weight is None else weight)
+    return sums.statistics()
+
+
+def _responsibilities(
+    rows: Array, labels: Array, parameters: Parameters, covariance: Covariance, bounds: Bounds
+) -> tuple[Array, Array, Array, Array]:
+    """Log-evidences (n,), and those responsibilities that are not zero, with their rows and components."""
+
+    def weighted_log_prob(index: Array, components: Array) -> Array:
+        values = np.empty(len(index))
+        for k, places in _members(components):
+            centred = rows[index[places]] - parameters.means[k]
+            mahalanobis = covariance.mahalanobis(centred[None], parameters.precision_cholesky[k : k + 1])[0]
+            values[places] = bounds.constants[k] - 0.5 * mahalanobis
+        return values
+
+    own = np.arange(len(rows))
+    known = weighted_log_prob(own, labels)
+    others, components = _candidates(rows, labels, known, bounds)
+    values = weighted_log_prob(others, components)
+
+    largest = known.copy()
+    np.maximum.at(largest, others, values)
+    known, values = np.exp(known - largest), np.exp(values - largest[others])
+    total = known.copy()
+    np.add.at(total, others, values)
+    index = np.concatenate([own, others])
+    r = np.concatenate([known, values]) / total[index]
+    of_all = np.concatenate([labels, components])
+    likelier = values == 1
+    labels[others[likelier]] = components[likelier]
+    return largest + np.log(total), index, of_all, r
 
 
 class _Sums:
-    """Sums over groups of rows."""
+    """Sums over rows that are grouped by component, about the components' means."""
 
-    def __init__(self, parameters: Parameters, covariance: Covariance) -> None:
-        k, d = parameters.means.shape
-        self.parameters, self.covariance = parameters, covariance
+    def __init__(self, means: Array, covariance: Covariance) -> None:
+        k, d = means.shape
+        self.means, self.covariance = means, covariance
         self.counts, self.first_moments = np.zeros(k), np.zeros((k, d))
         self.second_moments = np.zeros(covariance.shape(k, d))
         self.log_likelihood = 0.0
 
-    def add(self, rows: Array, weight: Array | None, labels: Array, bounds: Bounds) -> None:
-        known = np.empty(len(rows))
-        for k, members in _members(labels):
-            known[members] = self._weighted_log_prob(self._centred(rows, members, k), k, bounds)
-        others, components = _candidates(rows, labels, known, bounds)
-        values = np.empty(len(others))
+    def add(self, rows: Array, index: Array, components: Array, r: Array) -> None:
+        """Add the rows at `index`, with these responsibilities for these components."""
+        shared = not self.covariance.n_quadratic(rows.shape[1])
         for k, places in _members(components):
-            values[places] = self._weighted_log_prob(self._centred(rows, others[places], k), k, bounds)
+            centred = rows[index[places]] - self.means[k]
+            weighted = r[places, None] * centred
+            self.counts[k] += r[places].sum()
+            self.first_moments[k] += weighted.sum(axis=0)
+            moments = self.covariance.second_moments(weighted[None], centred[None])
+            if shared:
+                self.second_moments += moments
+            else:
+                self.second_moments[k] += moments[0]
 
-        largest = known.copy()
-        np.maximum.at(largest, others, values)
-        known, values = np.exp(known - largest), np.exp(values - largest[others])
-        total = known.copy()
-        np.add.at(total, others, values)
-        evidence = largest + np.log(total)
-        scale = 1 / total if weight is None else weight / total
-        self.log_likelihood += float(evidence.sum() if weight is None else evidence @ weight)
-
-        index = np.concatenate([np.arange(len(rows)), others])
-        components = np.concatenate([labels, components.astype(labels.dtype)])
-        r = np.concatenate([known, values]) * scale[index]
-        for k, places in _members(components):
-            self._accumulate(self._centred(rows, index[places], k), r[places], k)
-        likelier = values == 1
-        labels[others[likelier]] = components[len(rows) :][likelier]
-
-    def _centred(self, rows: Array, index: Array, k: int) -> Array:
-        return rows[index] - self.parameters.means[k]
-
-    def _weighted_log_prob(self, centred: Array, k: int, bounds: Bounds) -> Array:
-        factor = self.parameters.precision_cholesky[k : k + 1]
-        return bounds.constants[k] - 0.5 * self.covariance.mahalanobis(centred[None], factor)[0]
-
-    def _accumulate(self, centred: Array, r: Array, k: int) -> None:
-        weighted = r[:, None] * centred
-        self.counts[k] += r.sum()
-        self.first_moments[k] += weighted.sum(axis=0)
-        self.second_moments[k] += self.covariance.second_moments(weighted[None], centred[None])[0]
+    def statistics(self) -> SufficientStatistics:
+        """The sums by their names."""
+        return SufficientStatistics(
+            self.means, self.counts, self.first_moments, self.second_moments, np.asarray(self.log_likelihood)
+        )
 
 
 def _candidates(rows: Array, labels: Array, known: Array, bounds: Bounds) -> tuple[Array, Array]:
     """Rows and components, other than a row's label, whose bound is not far below what is known of the row."""
     found: list[tuple[Array, Array]] = []
-    for start in range(0, len(rows), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
+    for block in slices(len(rows), BLOCK_ROWS):
         upper = bounds.of(rows[block])
         candidate = upper >= (known[block] - MARGIN).astype(upper.dtype)
         candidate[labels[block], np.arange(candidate.shape[1])] = False
         components, index = np.nonzero(candidate)
-        found.append((start + index, components))
+        found.append((block.start + index, components.astype(labels.dtype)))
     index, components = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return index, components
 
