@@ -19,19 +19,23 @@ class Case:
 
     name: str
     x: Any
-    k: int
+    means: Any  # (k, d): where EM starts
     covariance_type: str
 
     @property
+    def k(self) -> int:
+        """Number of components."""
+        return len(self.means)
+
+    @property
     def label(self) -> str:
+        """How the case is called in a snapshot."""
         return f"{self.name} {self.covariance_type} {self.x.dtype.name}"
 
     @property
     def start(self) -> dict[str, Any]:
         """Weights, means and precisions to start from, in scikit-learn's names."""
-        rng = np.random.RandomState(1)
         d = self.x.shape[1]
-        variance = float(np.var(self.x[:10_000], axis=0, dtype=np.float64).mean())
         precisions = {
             "full": np.stack([np.eye(d)] * self.k),
             "tied": np.eye(d),
@@ -40,8 +44,8 @@ class Case:
         }[self.covariance_type]
         return {
             "weights_init": np.full(self.k, 1 / self.k),
-            "means_init": self.x[rng.choice(len(self.x), self.k, replace=False)].astype(np.float64),
-            "precisions_init": precisions / variance,
+            "means_init": self.means,
+            "precisions_init": precisions,
         }
 
     @property
@@ -52,8 +56,8 @@ class Case:
         return int(min(n, max(10_000, PEER_FLOPS / flops // 1000 * 1000)))
 
 
-def blobs(n: int, d: int, k: int, dtype: str) -> Any:
-    """Separated Gaussian clusters of unit width."""
+def blobs(n: int, d: int, k: int, dtype: str) -> tuple[Any, Any]:
+    """Separated Gaussian clusters of unit width, and means about half a width from their centres in each feature."""
     rng = np.random.RandomState(0)
     centres = 6 * rng.normal(size=(k, d))
     x = np.empty((n, d), dtype=dtype)
@@ -61,11 +65,11 @@ def blobs(n: int, d: int, k: int, dtype: str) -> Any:
         block = slice(start, min(start + 100_000, n))
         size = block.stop - block.start
         x[block] = centres[rng.randint(k, size=size)] + rng.normal(size=(size, d))
-    return x
+    return x, centres + 0.5 * rng.normal(size=(k, d))
 
 
 def photograph(dtype: str) -> Any:
-    """Colour and position of the pixels of scikit-learn's china.jpg, each scaled to variance 1: overlapping clusters."""
+    """Colour and position of the pixels of scikit-learn's china.jpg, each scaled to variance 1: clusters overlap."""
     from sklearn.datasets import load_sample_image
 
     picture = load_sample_image("china.jpg")
@@ -81,9 +85,8 @@ def correlated(dtype: str) -> Any:
     parts = []
     for _ in range(8):
         rotation = np.linalg.qr(rng.normal(size=(16, 16)))[0]
-        parts.append(
-            0.5 * rng.normal(size=16) + (rng.normal(size=(12_500, 16)) * np.geomspace(1, 1e-2, 16)) @ rotation.T
-        )
+        noise = rng.normal(size=(12_500, 16)) * np.geomspace(1, 1e-2, 16)
+        parts.append(0.5 * rng.normal(size=16) + noise @ rotation.T)
     return rng.permutation(np.concatenate(parts)).astype(dtype)
 
 
@@ -91,11 +94,12 @@ def cases(quick: bool) -> Iterator[Case]:
     """Every case; with `quick` only the smaller ones, and fewer dtypes."""
     for n, d, k in SHAPES[: 2 if quick else 3]:
         for dtype in ("float32", "float64"):
-            x = blobs(n, d, k, dtype)
+            x, means = blobs(n, d, k, dtype)
             for covariance_type in TYPES:
-                yield Case(f"[{n}, {d}, {k}]", x, k, covariance_type)
+                yield Case(f"[{n}, {d}, {k}]", x, means, covariance_type)
     if quick:
         return
     for name, x, k in (("photograph", photograph("float32"), 12), ("correlated", correlated("float64"), 8)):
+        means = x[np.random.RandomState(1).choice(len(x), k, replace=False)].astype(np.float64)
         for covariance_type in TYPES:
-            yield Case(name, x, k, covariance_type)
+            yield Case(name, x, means, covariance_type)

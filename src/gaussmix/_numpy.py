@@ -39,7 +39,7 @@ logger = logging.getLogger("gaussmix")
 # A block's features, logits and responsibilities take about this many bytes: what a core's share of the cache holds.
 # Its rows are at least and at most so many: enough for the matrix products, and for threads to wait seldom for Python.
 BLOCK_BYTES = 2_200_000
-BLOCK_ROWS = (256, 4096)
+BLOCK_ROWS = (256, 8192)
 # Features of a small data set are kept from one iteration to the next, up to this many bytes.
 KEPT_BYTES = 2**26
 # A slab is worth a thread from this many floating-point operations on; there are at most so many of them.
@@ -228,7 +228,9 @@ class Engine:
 
     def _log_evidence(self, logits: Array, x: Array, precision_cholesky: Array) -> Array:
         shared = self.covariance.shared_quadratic(x, precision_cholesky)
-        evidence = _softmax(logits)[0]
+        largest = logits.max(axis=0)
+        logits -= largest
+        evidence = largest + np.log(np.exp(logits, out=logits).sum(axis=0))
         return evidence if shared is None else evidence + shared
 
     def _responsibilities(self, logits: Array, x: Array, precision_cholesky: Array) -> Array:
@@ -256,10 +258,12 @@ class Engine:
 
         def infer(slab: slice) -> None:
             buffer = np.empty((self.n_features, size), dtype=form.dtype)
+            logits = np.empty(len(natural) * size, dtype=form.dtype)
             for block in _within(slab, size):
                 if form.expanded:
                     phi = self._features(block, shift, buffer[:, : block.stop - block.start])
-                    out[block] = expanded(natural @ phi, phi[1 : 1 + self.rows.shape[1]], factor)
+                    product = np.matmul(natural, phi, out=_shaped(logits, len(natural), phi.shape[1]))
+                    out[block] = expanded(product, phi[1 : 1 + self.rows.shape[1]], factor)
                 else:
                     out[block] = centred(self._read(block, form.dtype).T, parameters, self.covariance)
 
@@ -372,8 +376,7 @@ class _Sums:
 
     def soften(self, phi: Array, natural: Array, weight: Array | None) -> None:
         """E-step and sums of a block with these features (F, b)."""
-        logits = self._logits[: len(natural) * phi.shape[1]].reshape(len(natural), phi.shape[1])
-        np.matmul(natural, phi, out=logits)
+        logits = np.matmul(natural, phi, out=_shaped(self._logits, len(natural), phi.shape[1]))
         evidence, total = _softmax(logits)
         evidence = evidence.astype(np.float64)
         if weight is None:
@@ -475,6 +478,11 @@ def _softmax(logits: Array) -> tuple[Array, Array]:
 def _exp_of_floor(dtype: np.dtype[Any]) -> Any:
     """exp(floor) as the vectorised loop rounds it, which is not always as a scalar exp does."""
     return np.exp(np.full(BLOCK_ROWS[0], FLOOR[dtype], dtype=dtype))[0]
+
+
+def _shaped(buffer: Array, *shape: int) -> Array:
+    """The beginning of a flat buffer, contiguous in this shape."""
+    return buffer[: math.prod(shape)].reshape(shape)
 
 
 def _within(slab: slice, size: int) -> Iterator[slice]:
