@@ -198,7 +198,7 @@ def _tgmm(case: Case, x: Any, iterations: int) -> None:
         n_features=x.shape[1],
         covariance_type=case.covariance_type,
         max_iter=iterations,
-        tol=0.0,
+        tol=1e-300,  # 0 is refused
         init_means=means,
     ).fit(torch.as_tensor(x))
 

@@ -86,6 +86,7 @@ def test_an_unknown_backend_is_refused(monkeypatch):
 
 
 def test_the_report(capsys, monkeypatch):
+    monkeypatch.delenv("GAUSSMIX_BACKEND", raising=False)
     from gaussmix.__main__ import main
 
     assert main() == 0
@@ -93,7 +94,8 @@ def test_the_report(capsys, monkeypatch):
     assert f"gaussmix {gaussmix.__version__}" in printed
     assert "All checks passed." in printed
     for name in COVARIANCES:
-        assert f"numpy on cpu, {name}:" in printed
+        assert f"  {name}: numpy, expanded-float64" in printed
+    assert "numpy on cpu: numpy because the data is in host memory" in printed
 
 
 def test_set_logging_level(caplog):

@@ -1,11 +1,14 @@
 """The EM loop: restarts, convergence, history."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from gaussmix._engine import Engine
 from gaussmix._parameters import Parameters
+
+logger = logging.getLogger("gaussmix")
 
 Callback = Callable[[int, float, Parameters], None]
 
@@ -47,6 +50,7 @@ def run_em(
             )
         if callback:
             callback(len(lower_bounds), previous, parameters)
+    logger.info("%d EM iterations on %s, %s", len(lower_bounds), engine.backend, engine.precision)
     return EMResult(parameters, lower_bounds, converged)
 
 

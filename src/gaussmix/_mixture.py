@@ -63,7 +63,7 @@ class GaussianMixture(Mixture):
     covariance_regularization : float, default 1e-6
         Added to each variance, in squared units of the data.
     batch_size : int, optional
-        Number of rows read at a time. EM is exact whatever it is; it only bounds memory.
+        Largest number of rows read at a time. EM is exact whatever it is; it only bounds memory.
     trainer_params : dict, optional
         `max_epochs` is the largest number of EM iterations (default 100). Settings of Lightning that do not matter here
         are accepted and ignored.
@@ -91,9 +91,9 @@ class GaussianMixture(Mixture):
     lower_bounds_ : list of float
         Mean log-likelihood of a row at each iteration's E-step.
     backend_ : str
-        The implementation that ran, for example "array_api:numpy".
+        The implementation that ran, for example "numpy".
     precision_ : str
-        The arithmetic of its E-step, for example "centred-float64".
+        The arithmetic of its E-step, for example "expanded-float64".
     n_features_in_ : int
         Number of features, d.
 

@@ -94,8 +94,9 @@ class Engine:
         weight = rows.sample_weight
         self.rows = Rows(to_numpy(rows.array), None if weight is None else to_numpy(weight), rows.batch_size)
         self.covariance, self.reg_covar = covariance, reg_covar
-        self._tolerance = TOLERANCE.get(self.rows.array.dtype, TOLERANCE[np.dtype(np.float64)])
-        self._forms = [form for form in FORMS if form.dtype.itemsize >= min(8, self.rows.array.dtype.itemsize)]
+        dtype = np.dtype(np.float32 if self.rows.array.dtype == np.float32 else np.float64)
+        self._tolerance = TOLERANCE[dtype]
+        self._forms = [form for form in FORMS if form.dtype.itemsize >= dtype.itemsize]
         self._labels: Array | None = None
         self._was_pruned = False
         self._kept: dict[tuple[np.dtype[Any], int], Array] = {}
@@ -154,9 +155,9 @@ class Engine:
                     raise
                 self._fall_back("a covariance came out singular")
                 continue
-            # The moments cancel as far as the new parameters say.
+            # The moments cancel as far as the new parameters say; those of the pruned step do not.
             self._fall_back_for(new, self._shift)
-            if form is self._forms[0]:
+            if form is self._forms[0] or self._was_pruned:
                 return bound, new
 
     def expect(self, parameters: Parameters) -> SufficientStatistics:

@@ -159,7 +159,7 @@ def _candidates(rows: Array, labels: Array, known: Array, bounds: Bounds) -> tup
     found: list[tuple[Array, Array]] = []
     for block in slices(len(rows), BLOCK_ROWS):
         upper = bounds.of(rows[block])
-        candidate = upper >= (known[block] - MARGIN).astype(upper.dtype)
+        candidate = ~(upper < (known[block] - MARGIN).astype(upper.dtype))  # a bound that overflowed is NaN: kept
         candidate[labels[block], np.arange(candidate.shape[1])] = False
         components, index = np.nonzero(candidate)
         found.append((block.start + index, components.astype(labels.dtype)))

@@ -94,9 +94,9 @@ class GaussianMixture(Mixture):
     lower_bounds_ : list of float
         The same for each iteration.
     backend_ : str
-        The implementation that ran, for example "array_api:numpy".
+        The implementation that ran, for example "numpy".
     precision_ : str
-        The arithmetic of its E-step, for example "centred-float64".
+        The arithmetic of its E-step, for example "expanded-float64".
     n_features_in_ : int
         Number of features, d.
     feature_names_in_ : ndarray of shape (d,)
