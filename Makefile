@@ -1,8 +1,9 @@
 PYTHON ?= python3
 FULL := .venv/bin
 BASE := .venv-base/bin
+BENCH := .venv-bench/bin
 
-.PHONY: help demo test test-base test-big check clean
+.PHONY: help demo test test-base test-array-api test-big check bench bench-quick clean
 
 help:            ## what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -16,6 +17,9 @@ test: $(FULL)/.installed-test            ## the test suite with every backend th
 test-base: $(BASE)/.installed-test-base            ## the same suite where torch is not installed
 	GAUSSMIX_REQUIRE_BACKENDS=array_api_strict $(BASE)/python -m pytest -m "not big" $(ARGS)
 
+test-array-api: $(FULL)/.installed-test            ## the same suite with the array API implementation for every array
+	GAUSSMIX_BACKEND=array_api $(FULL)/python -m pytest -m "not big" $(ARGS)
+
 test-big: $(FULL)/.installed-test            ## cases that need several GiB of memory or some minutes
 	$(FULL)/python -m pytest -m big $(ARGS)
 
@@ -25,12 +29,23 @@ check: $(FULL)/.installed-test            ## formatting, lint, types and the dir
 	$(FULL)/mypy
 	PYTHONPATH=src:kernels $(FULL)/lint-imports
 
+bench: $(BENCH)/.installed-bench            ## every benchmark against scikit-learn, torchgmm and tgmm; rewrites the snapshot
+	$(BENCH)/python benchmarks/run.py --output benchmarks/snapshots/cpu.json
+
+bench-quick: $(FULL)/.installed-test            ## small cases, compared with the committed snapshot
+	$(FULL)/python benchmarks/run.py --quick
+
 clean:            ## remove environments and caches
-	rm -rf .venv .venv-base .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-base .venv-bench .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(FULL)/.installed-%: pyproject.toml constraints.txt
 	test -x $(FULL)/python || $(PYTHON) -m venv .venv
 	$(FULL)/python -m pip install --quiet -c constraints.txt -e '.[$*]'
+	touch $@
+
+$(BENCH)/.installed-%: pyproject.toml constraints.txt
+	test -x $(BENCH)/python || $(PYTHON) -m venv .venv-bench
+	$(BENCH)/python -m pip install --quiet -c constraints.txt -e '.[$*]'
 	touch $@
 
 $(BASE)/.installed-%: pyproject.toml
