@@ -68,7 +68,7 @@ def test_every_form_takes_the_step_of_the_textbook(case, precision):
         offsets = valid.means - engine._shift
         kappa = covariance.kappa(valid.covariances, valid.precision_cholesky, offsets).max()
         form = engine._forms[0]
-        assume(not form.expanded or np.finfo(form.dtype).eps * kappa <= engine._tolerance)
+        assume(not form.expanded or np.finfo(form.dtype).eps * kappa <= _numpy.TOLERANCE[engine._dtype])
     expected = oracle.em_step(
         case.x, case.weights, case.means, case.covariances, case.covariance_type, 1e-3, case.sample_weight
     )
@@ -167,13 +167,25 @@ def test_kappa_predicts_the_error_of_the_expanded_form(covariance):
         x = two_far_clusters(d=4, distance=distance)
         parameters = parameters_for(x, 3, covariance, seed=1)
         engine = with_form(Rows(x), covariance, "expanded-float64")
-        engine._tolerance = np.inf
+        engine._fall_back_for = lambda parameters, shift: None
         shift = parameters.weights @ parameters.means
         kappa = covariance.kappa(parameters.covariances, parameters.precision_cholesky, parameters.means - shift).max()
         exact = _array_api.Engine(Rows(x), covariance, 0).log_evidence(parameters)
         near = np.abs(exact) < 100  # the bound is for rows that a component holds
         error = np.abs(engine.log_evidence(parameters) - exact)[near].max()
         assert error <= 10 * np.finfo(np.float64).eps * (kappa + 100)
+
+
+@pytest.mark.parametrize("d", [1, 3])
+@pytest.mark.parametrize("distance", [20, 60, 100, 140, 200, 1000])
+def test_float32_parameters_are_those_of_float64_up_to_the_guard_and_beyond(covariance, d, distance):
+    rng = np.random.RandomState(0)
+    x = np.concatenate([rng.normal(size=(20_000, d)), distance + rng.normal(size=(20_000, d))]).astype(np.float32)
+    start = start_for(x, 2, covariance.name) | {"means_init": np.outer([0.0, distance], np.ones(d))}
+    settings = dict(covariance_type=covariance.name, tol=0, max_iter=5, **start)
+    found, exact = (GaussianMixture(2, **settings).fit(data) for data in (x, x.astype(np.float64)))
+    for name in ("weights_", "means_", "covariances_"):
+        assert_close(getattr(found, name), getattr(exact, name), PARAMETER_TOLERANCE["float32"], name)
 
 
 def separated(covariance, n=3000, d=6, k=20):

@@ -100,6 +100,10 @@ class Covariance(ABC):
         """
 
     @abstractmethod
+    def variances(self, covariances: Array) -> Array:
+        """Variance of each feature: (k, d), or what broadcasts to it."""
+
+    @abstractmethod
     def norm(self, covariances: Array) -> Array:
         """An upper bound on the largest eigenvalue of each covariance: (k,), or a scalar where all share it."""
 
@@ -172,6 +176,9 @@ class _Matrices(Covariance):
     def precision_times(self, vectors: Array, precision_cholesky: Array) -> Array:
         return array_namespace(vectors).matmul(self.square(precision_cholesky), vectors[..., None])[..., 0]
 
+    def variances(self, covariances: Array) -> Array:
+        return array_namespace(covariances).linalg.diagonal(covariances)
+
     def norm(self, covariances: Array) -> Array:
         xp = array_namespace(covariances)
         largest_row = xp.max(xp.sum(xp.abs(covariances), axis=-1), axis=-1)
@@ -179,7 +186,7 @@ class _Matrices(Covariance):
 
     def kappa(self, covariances: Array, precision_cholesky: Array, offsets: Array) -> Array:
         xp = array_namespace(offsets)
-        root = xp.sqrt(xp.linalg.diagonal(covariances) + offsets * offsets)
+        root = xp.sqrt(self.variances(covariances) + offsets * offsets)
         return xp.sum(root * xp.matmul(xp.abs(self.square(precision_cholesky)), root[..., None])[..., 0], axis=-1)
 
     def _is_symmetric(self, covariances: Array) -> Array:
@@ -342,6 +349,9 @@ class Diag(_Variances):
     def unpack_quadratic(self, sums: Array, d: int) -> Array:
         return sums
 
+    def variances(self, covariances: Array) -> Array:
+        return covariances
+
     def norm(self, covariances: Array) -> Array:
         return array_namespace(covariances).max(covariances, axis=-1)
 
@@ -393,6 +403,9 @@ class Spherical(_Variances):
 
     def unpack_quadratic(self, sums: Array, d: int) -> Array:
         return sums[:, 0]
+
+    def variances(self, covariances: Array) -> Array:
+        return covariances[:, None]
 
     def norm(self, covariances: Array) -> Array:
         return covariances

@@ -52,6 +52,11 @@ PRUNING_SAMPLE = 256
 PRUNING_ROWS = 2048
 # Largest tolerable error of a log-density, in nats, for float32 and float64 data.
 TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float64): 1e-10}
+# Rows that are summed in float32 before the sum is added in float64.
+SUMMED_ROWS = 1024
+# Largest tolerable eps (variance + offset^2) / variance: the relative error of a variance comes out as less than half of
+# that, and 1e-4 and 1e-9 are owed. kappa alone lets a single feature lose more.
+VARIANCE_TOLERANCE = {np.dtype(np.float32): 2e-4, np.dtype(np.float64): 1e-9}
 # exp below it is subnormal, or about to be; such responsibilities are exactly zero.
 FLOOR = {np.dtype(np.float32): -80.0, np.dtype(np.float64): -690.0}
 # The logarithm of a weight of zero: finite, so that products with it are, and below every floor.
@@ -94,9 +99,8 @@ class Engine:
         weight = rows.sample_weight
         self.rows = Rows(to_numpy(rows.array), None if weight is None else to_numpy(weight), rows.batch_size)
         self.covariance, self.reg_covar = covariance, reg_covar
-        dtype = np.dtype(np.float32 if self.rows.array.dtype == np.float32 else np.float64)
-        self._tolerance = TOLERANCE[dtype]
-        self._forms = [form for form in FORMS if form.dtype.itemsize >= dtype.itemsize]
+        self._dtype = np.dtype(np.float32 if self.rows.array.dtype == np.float32 else np.float64)
+        self._forms = [form for form in FORMS if form.dtype.itemsize >= self._dtype.itemsize]
         self._labels: Array | None = None
         self._was_pruned = False
         self._kept: dict[tuple[np.dtype[Any], int], Array] = {}
@@ -277,8 +281,13 @@ class Engine:
         offsets = parameters.means - shift
         kappas = self.covariance.kappa(parameters.covariances, parameters.precision_cholesky, offsets)
         kappa = float(np.max(np.where(alive, kappas, 0)))
-        while self._forms[0].expanded and not float(np.finfo(self._forms[0].dtype).eps) * kappa <= self._tolerance:
-            self._fall_back(f"kappa is {kappa:.3g}")
+        ratios = 1 + offsets * offsets / self.covariance.variances(parameters.covariances)
+        ratio = float(np.max(np.where(alive[:, None], ratios, 0)))
+        while self._forms[0].expanded:
+            eps = float(np.finfo(self._forms[0].dtype).eps)
+            if eps * kappa <= TOLERANCE[self._dtype] and eps * ratio <= VARIANCE_TOLERANCE[self._dtype]:
+                return
+            self._fall_back(f"kappa is {kappa:.3g}, (variance + offset^2) / variance {ratio:.3g}")
 
     def _fall_back(self, reason: str) -> None:
         left = self._forms.pop(0)
@@ -386,7 +395,9 @@ class _Sums:
         else:
             logits *= (weight / total).astype(self.dtype)
             self.log_likelihood += float(evidence @ weight)
-        self.sums += np.matmul(phi, logits.T, out=self._product)
+        size = SUMMED_ROWS if self.dtype == np.float32 else phi.shape[1]
+        for part in slices(phi.shape[1], size):
+            self.sums += np.matmul(phi[:, part], logits[:, part].T, out=self._product)
 
     def statistics(self, origin: Array) -> SufficientStatistics:
         """The sums by their names; second moments only of a covariance type that has quadratic features."""
