@@ -11,8 +11,8 @@ in float64, for all rows of a component at once.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -88,7 +88,9 @@ def assign(
 ) -> SufficientStatistics:
     """Statistics of `rows` (n, d) about `means`, each row with its whole weight in the component of its label."""
     sums = _Sums(means, covariance)
-    sums.add(rows, np.arange(len(rows)), labels, np.ones(len(rows)) if weight is None else weight)
+    for group in slices(len(rows), GROUP_ROWS):
+        own = np.arange(group.stop - group.start)
+        sums.add(rows[group], own, labels[group], np.ones(len(own)) if weight is None else weight[group])
     return sums.statistics()
 
 
@@ -167,7 +169,7 @@ def _candidates(rows: Array, labels: Array, known: Array, bounds: Bounds) -> tup
     return index, components
 
 
-def _members(labels: Array) -> Any:
+def _members(labels: Array) -> Iterator[tuple[int, Array]]:
     """Each label that occurs, with the places where it does."""
     order = np.argsort(labels, kind="stable")
     counts = np.bincount(labels) if len(labels) else np.zeros(0, dtype=np.int64)
