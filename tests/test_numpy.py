@@ -188,6 +188,29 @@ def test_float32_parameters_are_those_of_float64_up_to_the_guard_and_beyond(cova
         assert_close(getattr(found, name), getattr(exact, name), PARAMETER_TOLERANCE["float32"], name)
 
 
+@pytest.mark.parametrize("scale", [1e16, 1e17])
+def test_values_too_large_to_square_in_float32(covariance, scale):
+    x = np.random.RandomState(0).normal(size=(300, 2)).astype(np.float32)
+    mixture = PyCaveMixture(2, covariance_type=covariance.name, random_state=0).fit(x)
+    far = x[:5] * np.float32(scale)
+    exact = _array_api.Engine(Rows(far.astype(np.float64)), covariance, 0).log_evidence(
+        mixture._parameters.mapped(lambda value: value.astype(np.float64))
+    )
+    found = mixture.score_samples(np.concatenate([x, far]).astype(np.float64))[-5:]
+    assert_close(found / exact, -np.ones(5), 1e-6)
+    proba = mixture.predict_proba(np.concatenate([x, far]))
+    assert_close(proba.sum(axis=1), np.ones(305), 1e-6)
+    assert PyCaveMixture(2, covariance_type=covariance.name, random_state=0).fit(x * np.float32(scale)).converged_
+
+
+def test_precisions_far_beyond_those_of_float32(covariance):
+    x = (1e-20 * np.random.RandomState(0).normal(size=(300, 2))).astype(np.float32)
+    mixture = PyCaveMixture(2, covariance_type=covariance.name, covariance_regularization=0.0, random_state=0).fit(x)
+    exact = 1e-20 * PyCaveMixture(2, covariance_type=covariance.name, random_state=0).fit(1e20 * x).means_
+    assert np.all(np.isfinite(mixture.predict_proba(x)))
+    assert_close(1e20 * mixture.means_, 1e20 * exact, 1e-3)
+
+
 def separated(covariance, n=3000, d=6, k=20):
     """Rows of clusters far apart, and their mixture."""
     centres = 30 * np.random.RandomState(0).normal(size=(k, d))

@@ -150,8 +150,11 @@ class Engine:
             statistics = self.expect(parameters)
             bound = statistics.lower_bound
             last = len(self._forms) == 1
-            if not math.isfinite(bound) and last:
-                return bound, parameters
+            if not math.isfinite(bound):
+                if last:
+                    return bound, parameters
+                self._fall_back(f"the log-likelihood came out as {bound}")
+                continue
             try:
                 new = maximize(statistics, parameters.means, self.covariance, self.reg_covar)
             except SingularCovarianceError:
@@ -170,11 +173,11 @@ class Engine:
         self._was_pruned = pruned is not None
         if pruned is not None:
             return pruned
+        shift = self._shift
+        natural = self._natural(parameters, shift)
         form = self._forms[0]
         if not form.expanded:
-            return _total(self._run(lambda slab: self._centred(slab).expect(parameters), len(parameters.weights)))
-        shift = self._shift
-        natural = natural_parameters(parameters, shift, self.covariance).astype(form.dtype)
+            return _total(self._run(lambda slab: self._centred(slab).expect(parameters), len(natural)))
 
         def statistics(slab: slice) -> SufficientStatistics:
             sums = _Sums(self, len(natural), form.dtype)
@@ -253,13 +256,11 @@ class Engine:
     ) -> Array:
         shift = (parameters.weights @ parameters.means).astype(self.rows.array.dtype).astype(np.float64)
         self._fall_back_for(parameters, shift)
+        natural = self._natural(parameters, shift)
         form = self._forms[0]
         out = np.empty((self.rows.shape[0], *shape), dtype=form.dtype if dtype is None else dtype)
-        natural = natural_parameters(parameters, shift, self.covariance).astype(form.dtype)
         factor = parameters.precision_cholesky.astype(form.dtype)
         size = self._block_rows(len(natural), form.dtype)
-        if not form.expanded:
-            size = max(1, _array_api.BLOCK_ELEMENTS // parameters.means.size)
 
         def infer(slab: slice) -> None:
             buffer = np.empty((self.n_features, size), dtype=form.dtype)
@@ -268,12 +269,24 @@ class Engine:
                 if form.expanded:
                     phi = self._features(block, shift, buffer[:, : block.stop - block.start])
                     product = np.matmul(natural, phi, out=_shaped(logits, len(natural), phi.shape[1]))
-                    out[block] = expanded(product, phi[1 : 1 + self.rows.shape[1]], factor)
-                else:
-                    out[block] = centred(self._read(block, form.dtype).T, parameters, self.covariance)
+                    if np.isfinite(product.sum()):
+                        out[block] = expanded(product, phi[1 : 1 + self.rows.shape[1]], factor)
+                        continue
+                # Centred, or values that are too large to square in the dtype of the form.
+                for part in _within(block, max(1, _array_api.BLOCK_ELEMENTS // parameters.means.size)):
+                    x = self._read(part, np.dtype(np.float64)).T
+                    out[part] = centred(x, parameters, self.covariance)
 
         self._run(infer, len(natural))
         return out
+
+    def _natural(self, parameters: Parameters, shift: Array) -> Array:
+        """Natural parameters (k, F) in the dtype of a form that has room for them and for their products."""
+        natural = natural_parameters(parameters, shift, self.covariance)
+        largest = float(np.abs(natural).max())
+        while self._forms[0].expanded and not largest <= 1e-6 * float(np.finfo(self._forms[0].dtype).max):
+            self._fall_back(f"precisions reach {largest:.3g}")
+        return natural.astype(self._forms[0].dtype)
 
     def _fall_back_for(self, parameters: Parameters, shift: Array) -> None:
         """Leave the forms that are not exact enough for these parameters."""
@@ -365,11 +378,17 @@ class Engine:
         work = 4 * n * (k + 8) * self.n_features
         n_slabs = max(1, min(MOST_SLABS, work // SLAB_FLOPS, n // least_rows))
         parts = list(slices(n, -(-n // n_slabs)))
+
+        def quietly(part: slice) -> T:
+            # What overflows is not finite, and computed again in a form with more room.
+            with np.errstate(over="ignore", invalid="ignore"):
+                return function(part)
+
         with one_blas_thread() as threads:
             if min(threads, len(parts)) == 1:
-                return [function(part) for part in parts]
+                return [quietly(part) for part in parts]
             with ThreadPoolExecutor(min(threads, len(parts))) as pool:
-                return list(pool.map(function, parts))
+                return list(pool.map(quietly, parts))
 
 
 class _Sums:

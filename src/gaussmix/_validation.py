@@ -83,8 +83,8 @@ def _validate_array(estimator: Any, X: Array, reset: bool, min_rows: int) -> Arr
 def check_finite(X: Array) -> None:
     """Raise ValueError for NaN, infinity and values whose squares would leave the range of the working precision."""
     xp = array_namespace(X)
-    # 1e100 in float64, 1e12 in float32: sums of squares of so large values still have room.
-    room = 1e100 if working_dtype(X) == xp.float64 else 1e12
+    # Squares, and sums of them where they are computed in X's own precision, have room up to here.
+    room = 1e12 if working_dtype(X) != xp.float64 else 1e18 if X.dtype == xp.float32 else 1e100
     for rows in slices(X.shape[0], max(1, BLOCK_ELEMENTS // X.shape[1])):
         block = xp.asarray(X[rows, :])
         if not xp.isdtype(block.dtype, "real floating"):
@@ -102,7 +102,8 @@ def check_finite(X: Array) -> None:
         if np.isinf(worst):
             raise ValueError(f"Input X contains infinity (first in row {row}); remove or clip such rows")
         raise ValueError(
-            f"Input X contains a value too large to square, {worst:g} (first in row {row}); rescale the data"
+            f"Input X contains a value too large to square, {worst:g} (first in row {row}); rescale the data or pass "
+            "float64"
         )
 
 
