@@ -230,6 +230,8 @@ def test_pruning_changes_nothing_but_rounding(dtype, weighted):
     exact = _array_api.Engine(Rows(x, weight), covariance, 1e-6).expect(parameters)
     for name in ("counts", "first_moments", "second_moments", "log_likelihood"):
         assert_close(getattr(pruned, name), getattr(exact, name), 1e-11, name)
+    evidence = _array_api.Engine(Rows(x), covariance, 1e-6).log_evidence(parameters)
+    assert np.abs(_numpy.Engine(Rows(x), covariance, 1e-6).log_evidence(parameters) - evidence).max() < 1e-9
     # Once more from labels that are all wrong.
     engine._labels = (engine._labels + 7) % 20
     again = engine._pruned(parameters)

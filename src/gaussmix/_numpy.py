@@ -194,36 +194,52 @@ class Engine:
             shift, total.counts, total.first_moments, self._scatter, total.log_likelihood - 0.5 * trace
         )
 
-    def _pruned(self, parameters: Parameters) -> SufficientStatistics | None:
-        """Statistics of all rows, computed for few components of each; None where that would not pay."""
+    def _bounds(self, parameters: Parameters, shift: Array) -> _pruning.Bounds | None:
+        """The bounds that leave few components of a row to compute; None where pruning would not pay."""
         (n, d), k = self.rows.shape, len(parameters.weights)
         # Worth it where the features are many more than the numbers they are made from.
         most = k / PRUNING_GAIN
         if self.covariance.n_quadratic(d) <= d or most < 1 or not np.issubdtype(self.rows.array.dtype, np.floating):
             return None
-        bounds = _pruning.bounds_of(parameters, self.covariance, self._shift, _log_weights(parameters.weights))
+        bounds = _pruning.bounds_of(parameters, self.covariance, shift, _log_weights(parameters.weights))
         sample = np.asarray(self.rows.array[:: max(1, n // PRUNING_SAMPLE)][:PRUNING_SAMPLE])
         logits = _array_api.log_prob(sample.astype(np.float64), parameters, self.covariance).T
         largest = (logits + _log_weights(parameters.weights)[:, None]).max(axis=0)
-        if np.mean(np.sum(bounds.of(sample) >= largest - _pruning.MARGIN, axis=0)) > most:
+        left = np.sum(bounds.of(sample) >= largest - _pruning.MARGIN, axis=0)
+        return bounds if left.mean() <= most else None
+
+    def _pruned(self, parameters: Parameters) -> SufficientStatistics | None:
+        """Statistics of all rows, computed for few components of each; None where that would not pay."""
+        bounds = self._bounds(parameters, self._shift)
+        if bounds is None:
             return None
-        if self._labels is None:
-            self._labels = np.zeros(n, dtype=np.min_scalar_type(-k))
-            for block in slices(n, _pruning.BLOCK_ROWS):
-                self._labels[block] = bounds.of(self.rows.array[block]).argmax(axis=0)
-        labels = self._labels
+        guess, k = self._labels is None, len(parameters.weights)
+        if guess:
+            self._labels = np.empty(self.rows.shape[0], dtype=np.min_scalar_type(-k))
+        labels: Array = self._labels
 
         def statistics(slab: slice) -> SufficientStatistics:
             rows = np.asarray(self.rows.array[slab])
+            if guess:
+                labels[slab] = bounds.likeliest(rows)
             return _pruning.expect(rows, self._weight(slab), labels[slab], parameters, self.covariance, bounds)
 
-        total = _total(self._run(statistics, k, least_rows=min(PRUNING_ROWS * k, -(-n // 4))))
+        total = _total(self._run_grouped(statistics, k))
         alive = parameters.weights > 0
         return total if np.all(total.counts[alive] >= _pruning.SMALLEST_COUNT) else None
 
     def log_evidence(self, parameters: Parameters) -> Array:
         """Log-density of each row under the mixture: (n,)."""
-        return self._infer(parameters, _array_api.log_evidence, self._log_evidence, (), np.float64)
+        bounds = self._bounds(parameters, self._middle(parameters))
+        if bounds is None:
+            return self._infer(parameters, _array_api.log_evidence, self._log_evidence, (), np.float64)
+        out = np.empty(self.rows.shape[0])
+
+        def evidence(slab: slice) -> None:
+            out[slab] = _pruning.log_evidence(np.asarray(self.rows.array[slab]), parameters, self.covariance, bounds)
+
+        self._run_grouped(evidence, len(parameters.weights))
+        return out
 
     def responsibilities(self, parameters: Parameters) -> Array:
         """Posterior probability of each component given the row: (n, k)."""
@@ -254,7 +270,7 @@ class Engine:
         shape: tuple[int, ...],
         dtype: Any,
     ) -> Array:
-        shift = (parameters.weights @ parameters.means).astype(self.rows.array.dtype).astype(np.float64)
+        shift = self._middle(parameters)
         self._fall_back_for(parameters, shift)
         natural = self._natural(parameters, shift)
         form = self._forms[0]
@@ -311,6 +327,10 @@ class Engine:
         weight = self.rows.sample_weight
         rows = Rows(self.rows.array[slab], None if weight is None else weight[slab], self.rows.batch_size)
         return _array_api.Engine(rows, self.covariance, self.reg_covar)
+
+    def _middle(self, parameters: Parameters) -> Array:
+        """The mean of the mixture, with no more digits than the data: what rows are shifted by for predictions."""
+        return (parameters.weights @ parameters.means).astype(self._dtype).astype(np.float64)
 
     @cached_property
     def _shift(self) -> Array:
@@ -371,6 +391,10 @@ class Engine:
 
     def _weight(self, block: slice) -> Array | None:
         return None if self.rows.sample_weight is None else self.rows.sample_weight[block]
+
+    def _run_grouped(self, function: Callable[[slice], T], k: int) -> list[T]:
+        """`_run` in slabs that are long enough for a component's rows to make a matrix product."""
+        return self._run(function, k, least_rows=min(PRUNING_ROWS * k, -(-self.rows.shape[0] // 4)))
 
     def _run(self, function: Callable[[slice], T], k: int, least_rows: int = BLOCK_ROWS[0]) -> list[T]:
         """`function` of each slab, in order: on as many threads as BLAS may use, each with one thread of BLAS."""

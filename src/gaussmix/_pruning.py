@@ -52,6 +52,11 @@ class Bounds:
         bounds -= half.astype(rows.dtype)[:, None] * squares
         return bounds
 
+    def likeliest(self, rows: Array) -> Array:
+        """The component of the highest bound for each of rows (n, d): (n,)."""
+        parts = [self.of(rows[block]).argmax(axis=0) for block in slices(len(rows), BLOCK_ROWS)]
+        return np.concatenate(parts).astype(np.min_scalar_type(-len(self.constants)))
+
 
 def bounds_of(parameters: Parameters, covariance: Covariance, shift: Array, log_weights: Array) -> Bounds:
     """The bounds for these parameters; `shift` keeps the digits of the products."""
@@ -81,6 +86,15 @@ def expect(
         sums.log_likelihood += float(evidence.sum())
         sums.add(rows[group], index, components, r)
     return sums.statistics()
+
+
+def log_evidence(rows: Array, parameters: Parameters, covariance: Covariance, bounds: Bounds) -> Array:
+    """Log-density of `rows` (n, d) under the mixture: (n,)."""
+    out = np.empty(len(rows))
+    for group in slices(len(rows), GROUP_ROWS):
+        labels = bounds.likeliest(rows[group])
+        out[group] = _responsibilities(rows[group], labels, parameters, covariance, bounds)[0]
+    return out
 
 
 def assign(
