@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as Reference
@@ -63,6 +63,7 @@ def test_float32_data_gives_the_parameters_of_float64_arithmetic(library, covari
 
 
 @pytest.mark.parametrize("weighted", [False, True])
+@settings(max_examples=20)  # 48 parametrisations
 @given(seed=st.integers(0, 2**31), d=st.integers(1, 4), k=st.integers(1, 4))
 def test_lower_bound_never_falls_without_regularization(library, covariance, dtype, weighted, seed, d, k):
     x = blobs(n=60 * k, d=d, k=k, seed=seed, spread=2.0).astype(dtype)

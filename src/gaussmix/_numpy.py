@@ -221,7 +221,7 @@ class Engine:
         def statistics(slab: slice) -> SufficientStatistics:
             rows = np.asarray(self.rows.array[slab])
             if guess:
-                labels[slab] = bounds.likeliest(rows)
+                labels[slab] = bounds.guess(rows)
             return _pruning.expect(rows, self._weight(slab), labels[slab], parameters, self.covariance, bounds)
 
         total = _total(self._run_grouped(statistics, k))

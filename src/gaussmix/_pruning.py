@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gaussmix._array_api import nearest
 from gaussmix._covariance import Covariance
 from gaussmix._data import slices
 from gaussmix._parameters import Parameters, SufficientStatistics
@@ -52,10 +53,13 @@ class Bounds:
         bounds -= half.astype(rows.dtype)[:, None] * squares
         return bounds
 
-    def likeliest(self, rows: Array) -> Array:
-        """The component of the highest bound for each of rows (n, d): (n,)."""
-        parts = [self.of(rows[block]).argmax(axis=0) for block in slices(len(rows), BLOCK_ROWS)]
-        return np.concatenate(parts).astype(np.min_scalar_type(-len(self.constants)))
+    def guess(self, rows: Array) -> Array:
+        """The component of the nearest mean for each of rows (n, d): (n,). Bounds themselves favour wide components."""
+        means = self.offsets + self.shift
+        labels = np.empty(len(rows), dtype=np.min_scalar_type(-len(means)))
+        for block in slices(len(rows), BLOCK_ROWS):
+            labels[block] = nearest(rows[block], means.astype(rows.dtype))
+        return labels
 
 
 def bounds_of(parameters: Parameters, covariance: Covariance, shift: Array, log_weights: Array) -> Bounds:
@@ -92,7 +96,7 @@ def log_evidence(rows: Array, parameters: Parameters, covariance: Covariance, bo
     """Log-density of `rows` (n, d) under the mixture: (n,)."""
     out = np.empty(len(rows))
     for group in slices(len(rows), GROUP_ROWS):
-        labels = bounds.likeliest(rows[group])
+        labels = bounds.guess(rows[group])
         out[group] = _responsibilities(rows[group], labels, parameters, covariance, bounds)[0]
     return out
 
