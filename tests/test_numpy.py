@@ -275,6 +275,19 @@ def test_the_result_does_not_depend_on_the_number_of_threads(covariance, dtype, 
     assert np.array_equal(fits[0].covariances_, fits[1].covariances_)
 
 
+@pytest.mark.parametrize("precision", [form.precision for form in _numpy.FORMS])
+def test_a_slab_whose_rows_have_no_weight(covariance, precision, monkeypatch):
+    monkeypatch.setattr(_numpy, "SLAB_FLOPS", 1)
+    x = blobs(n=5000, d=3, k=3, seed=4)
+    weight = np.where(np.arange(5000) < 2500, 0.0, 1.0)
+    parameters = parameters_for(x, 3, covariance)
+    found = with_form(Rows(x, weight), covariance, precision).expect(parameters)
+    exact = _array_api.Engine(Rows(x[2500:]), covariance, 1e-6).expect(parameters)
+    tolerance = 1e-5 if precision == "expanded-float32" else 1e-11
+    assert_close(found.counts, exact.counts, tolerance)
+    assert_close(found.lower_bound, exact.lower_bound, tolerance)
+
+
 def test_the_setting_of_blas_is_restored():
     def threads():
         return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]

@@ -7,8 +7,9 @@ by shape, which run on a pool of threads with one BLAS thread each and are added
 not depend on the number of threads.
 
 About a point s, features lose digits where components lie far from s compared with their width, or are ill-conditioned.
-`Covariance.kappa` bounds the loss; where it exceeds the tolerance, the step is repeated in the next form:
-expanded in the data's precision, expanded in float64, centred in float64 (`_array_api`).
+`Covariance.kappa` and the ratio of variance + offset^2 to variance bound the loss; where they exceed the tolerance, the
+step is repeated in the next form: expanded in the data's precision, expanded in float64, centred in float64
+(`_array_api`). Full covariances of separated components skip all that: `_pruning` computes few components of each row.
 """
 
 import logging
@@ -177,7 +178,8 @@ class Engine:
         natural = self._natural(parameters, shift)
         form = self._forms[0]
         if not form.expanded:
-            return _total(self._run(lambda slab: self._centred(slab).expect(parameters), len(natural)))
+            parts = self._run(lambda slab: self._centred_statistics(slab, parameters), len(natural))
+            return _total([part for part in parts if part is not None])
 
         def statistics(slab: slice) -> SufficientStatistics:
             sums = _Sums(self, len(natural), form.dtype)
@@ -323,10 +325,13 @@ class Engine:
         self._kept.clear()
         logger.info("%s left for %s: %s", left.precision, self.precision, reason)
 
-    def _centred(self, slab: slice) -> _array_api.Engine:
-        weight = self.rows.sample_weight
-        rows = Rows(self.rows.array[slab], None if weight is None else weight[slab], self.rows.batch_size)
-        return _array_api.Engine(rows, self.covariance, self.reg_covar)
+    def _centred_statistics(self, slab: slice, parameters: Parameters) -> SufficientStatistics | None:
+        """Statistics of a slab in the centred form; None where all its rows have weight 0."""
+        weight = self._weight(slab)
+        if weight is not None and not weight.any():
+            return None
+        rows = Rows(self.rows.array[slab], weight, self.rows.batch_size)
+        return _array_api.Engine(rows, self.covariance, self.reg_covar).expect(parameters)
 
     def _middle(self, parameters: Parameters) -> Array:
         """The mean of the mixture, with no more digits than the data: what rows are shifted by for predictions."""
