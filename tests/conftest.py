@@ -78,6 +78,12 @@ def dtype(request):
     return request.param
 
 
+@pytest.fixture(params=["auto", "array_api"])
+def implementation(request, monkeypatch):
+    """The implementation of k-means that data in host memory is given to."""
+    monkeypatch.setenv("GAUSSMIX_BACKEND", request.param)
+
+
 @pytest.fixture
 def unconverged():
     """For fits of a fixed number of iterations."""

@@ -9,7 +9,8 @@ from gaussmix import GaussianMixture, KMeans
 from gaussmix._array_api import nearest
 from gaussmix._arrays import to_numpy
 from gaussmix._data import Rows
-from gaussmix._initialization import find_means, lloyd, squared_distances
+from gaussmix._dispatch import clusters
+from gaussmix._initialization import find_means, lloyd
 from gaussmix.sklearn import GaussianMixture as SklearnMixture
 
 STRATEGIES = ("kmeans", "kmeans++", "random", "random_from_data")
@@ -67,30 +68,41 @@ def test_kmeans_start_is_as_good_as_scikit_learns_kmeans():
     for seed in range(10):
         means = find_means(Rows(x), 16, "kmeans", np.random.RandomState(seed))
         reference = ReferenceKMeans(16, n_init=1, random_state=seed).fit(x)
-        ratios.append(float(squared_distances(x, means).sum()) / reference.inertia_)
+        ratios.append(float(clusters(Rows(x)).squared_distances(means).sum()) / reference.inertia_)
     assert np.median(ratios) < 1.01
 
 
+@pytest.mark.usefixtures("implementation")
 def test_lloyd_ends_where_scikit_learns_does_from_the_same_seeds():
     x = blobs(n=2000, d=3, k=5, seed=4, spread=3.0)
     seeds = x[:5]
     expected = ReferenceKMeans(5, init=seeds, n_init=1, tol=0, algorithm="lloyd").fit(x)
-    found = lloyd(Rows(x), seeds, tolerance=0, max_iter=300)
+    found = lloyd(clusters(Rows(x)), seeds, tolerance=0, max_iter=300)
     assert found.converged
     assert_close(found.centroids, expected.cluster_centers_, 1e-9)
 
 
+@pytest.mark.usefixtures("implementation")
 def test_an_empty_cluster_moves_to_the_farthest_row(library):
     x = np.array([[0.0], [1.0], [2.0], [50.0], [51.0], [100.0]])
     seeds = library.asarray([[1.0], [1000.0], [2000.0]])
-    found = lloyd(Rows(library.asarray(x)), seeds, tolerance=0, max_iter=10)
+    found = lloyd(clusters(Rows(library.asarray(x))), seeds, tolerance=0, max_iter=10)
     # All rows belong to the first centroid; 100 and then 0 are farthest from their mean, 34.
     assert sorted(to_numpy(found.centroids)[:, 0].tolist()) == [1.0, 50.5, 100.0]
 
 
+@pytest.mark.usefixtures("implementation")
+def test_an_empty_cluster_moves_to_a_row_that_has_weight(library):
+    x = np.array([[0.0], [1.0], [50.0], [1000.0]])
+    rows = Rows(library.asarray(x), library.asarray([1.0, 1.0, 1.0, 0.0]))
+    found = lloyd(clusters(rows), np.zeros((3, 1)), tolerance=0, max_iter=10)
+    assert sorted(to_numpy(found.centroids)[:, 0].tolist()) == [0, 1, 50]
+
+
+@pytest.mark.usefixtures("implementation")
 def test_clusters_stay_empty_where_rows_are_fewer_than_centroids(library):
     x = library.asarray(np.repeat([[0.0, 0.0], [1.0, 1.0]], 10, axis=0))
-    found = lloyd(Rows(x), library.asarray([[0.0, 0.0], [1.0, 1.0], [5.0, 5.0]]), tolerance=0, max_iter=10)
+    found = lloyd(clusters(Rows(x)), library.asarray([[0.0, 0.0], [1.0, 1.0], [5.0, 5.0]]), tolerance=0, max_iter=10)
     assert found.converged
     assert to_numpy(found.centroids).tolist() == [[0, 0], [1, 1], [5, 5]]
 

@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans as Reference
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from threadpoolctl import threadpool_limits
 
 from cases import assert_close, blobs
-from gaussmix import KMeans
+from gaussmix import KMeans, _array_api, _numpy
 from gaussmix._arrays import to_numpy
+from gaussmix._data import Rows
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 X = blobs(n=500, d=3, k=4, seed=2)
 
@@ -70,3 +74,38 @@ def test_equal_rows(library):
     clustering = KMeans(3, random_state=0).fit(library.asarray(np.zeros((10, 2))))
     assert clustering.inertia_ == 0
     assert np.all(to_numpy(clustering.centroids_) == 0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("batch_size", [None, 100])
+@pytest.mark.parametrize(("n", "d", "k"), [(1, 1, 1), (300, 1, 3), (5000, 3, 17), (20_000, 2, 4)])
+def test_slabs_equal_the_array_api(dtype, n, d, k, batch_size, weighted, monkeypatch):
+    monkeypatch.setattr(_numpy, "SLAB_FLOPS", 1)
+    x = (1000 + np.random.RandomState(n).normal(size=(n, d))).astype(dtype)
+    weight = np.random.RandomState(0).uniform(0, 2, size=n) * (np.arange(n) % 3 > 0) if weighted else None
+    centroids = x[np.random.RandomState(1).randint(n, size=k)].astype(np.float64)
+    fast, exact = (module.Clusters(Rows(x, weight, batch_size)) for module in (_numpy, _array_api))
+    assert np.array_equal(fast.labels(centroids), exact.labels(centroids))
+    assert_close(fast.squared_distances(centroids), exact.squared_distances(centroids), 1e-12)
+    for found, expected in zip(fast.sums(centroids, x[0]), exact.sums(centroids, x[0]), strict=True):
+        assert_close(found, expected, 1e-11)
+
+
+def test_equal_centroids_share_no_rows():
+    x = np.random.RandomState(0).normal(size=(1000, 2))
+    centroids = np.repeat(x[:4], 2, axis=0)
+    for module in (_numpy, _array_api):
+        on_rows = module.Clusters(Rows(x))
+        assert set(on_rows.labels(centroids)) == {0, 2, 4, 6}
+        assert on_rows.sums(centroids, x[0])[0].sum() == 1000
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads(dtype, monkeypatch):
+    monkeypatch.setattr(_numpy, "SLAB_FLOPS", 1)
+    x = blobs(n=9000, d=4, k=5, seed=3).astype(dtype)
+    fits = []
+    for threads in (1, 2):
+        with threadpool_limits(threads, user_api="blas"):
+            fits.append(KMeans(5, random_state=0).fit(x))
+    assert np.array_equal(fits[0].centroids_, fits[1].centroids_)
+    assert fits[0].inertia_ == fits[1].inertia_

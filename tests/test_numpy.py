@@ -238,6 +238,27 @@ def test_pruning_changes_nothing_but_rounding(dtype, weighted):
     assert_close(again.second_moments, exact.second_moments, 1e-11)
 
 
+@pytest.mark.parametrize("spread", [30.0, 3.0])
+def test_pruned_predictions_equal_the_array_api(dtype, spread, monkeypatch):
+    monkeypatch.setattr(_numpy, "SLAB_FLOPS", 1)
+    monkeypatch.setattr(_numpy, "PRUNING_GAIN", 1)
+    covariance = COVARIANCES["full"]
+    x, parameters = separated(covariance)
+    # The second component equals the first, and the third has no weight.
+    twins = np.r_[0, 0, 2:20]
+    parameters = parameters.mapped(lambda value: value[twins])
+    weights = np.where(np.arange(20) == 2, 0, parameters.weights)
+    parameters = dataclasses.replace(parameters, weights=weights / weights.sum(), means=parameters.means * spread / 30)
+    rows = Rows((x * spread / 30).astype(dtype))
+    fast, exact = (module.Engine(rows, covariance, 1e-6) for module in (_numpy, _array_api))
+    assert fast._bounds(parameters, fast._middle(parameters)) is not None
+    proba, expected = fast.responsibilities(parameters), exact.responsibilities(parameters)
+    assert proba.dtype == dtype
+    assert np.abs(proba - expected).max() < (1e-6 if dtype == "float32" else 1e-11)
+    assert np.array_equal(fast.labels(parameters), expected.argmax(axis=1))
+    assert np.mean(proba == 0) > (0.8 if spread == 30 else 0)
+
+
 def test_upper_bounds_are_upper_bounds(covariance, dtype):
     x, parameters = separated(covariance)
     x = (1e3 + x).astype(dtype)

@@ -1,4 +1,4 @@
-"""E-step, statistics and inference in the array API standard: for every library, and the oracle of the faster paths.
+"""EM, inference and k-means in the array API standard: for every library, and the oracle of the faster paths.
 
 Everything is centred: x_i - mu_k is formed before anything is multiplied, in float64 where the device has it. That is
 the exact form of the three that numerics knows, and the slowest. Rows pass through in blocks, so that no array of
@@ -15,7 +15,8 @@ from gaussmix._engine import Progress
 from gaussmix._parameters import Parameters, SufficientStatistics, maximize
 from gaussmix._typing import Array
 
-# Elements of the (k, rows, d) array of a block: 2 MiB in float64, which a CPU's cache still holds.
+# Elements of the (k, rows, d) array of a block, and of the (rows, k) and (rows, d) arrays of a block of k-means: 2 MiB
+# in float64, which a CPU's cache still holds.
 BLOCK_ELEMENTS = 2**18
 
 
@@ -163,6 +164,54 @@ class Engine:
     def block_size(self, k: int) -> int:
         """Rows of a block."""
         return max(1, BLOCK_ELEMENTS // (k * self.rows.shape[1]))
+
+
+class Clusters:
+    """k-means on one data set."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def labels(self, centroids: Array) -> Array:
+        """The centroid nearest to each row, the first of equals: (n,)."""
+        return self._map(lambda x: nearest(x, centroids), self._block_size(centroids.shape[0]))
+
+    def squared_distances(self, centroids: Array) -> Array:
+        """Squared distance of each row to the nearest centroid: (n,)."""
+        xp = array_namespace(centroids)
+
+        def squared(x: Array) -> Array:
+            offset = x - xp.take(centroids, nearest(x, centroids), axis=0)
+            return xp.sum(offset * offset, axis=1)
+
+        return self._map(squared, self._block_size(centroids.shape[0]))
+
+    def distances(self, centroids: Array) -> Array:
+        """Distance of each row to each centroid: (n, k)."""
+        norm = array_namespace(centroids).linalg.vector_norm
+        size = max(1, BLOCK_ELEMENTS // math.prod(centroids.shape))
+        return self._map(lambda x: norm(x[:, None, :] - centroids[None, :, :], axis=2), size)
+
+    def sums(self, centroids: Array, origin: Array) -> tuple[Array, Array]:
+        """Weight of the rows that are nearest to each centroid (k,), and the sums of their x - origin (k, d)."""
+        xp = array_namespace(centroids)
+        k = centroids.shape[0]
+        counts, sums = xp.zeros_like(centroids[:, 0]), xp.zeros_like(centroids)
+        for x, weight in self.rows.blocks(self._block_size(k)):
+            assigned = xp.matrix_transpose(one_hot(nearest(x, centroids), x, k))
+            if weight is not None:
+                assigned = assigned * weight
+            counts = counts + xp.sum(assigned, axis=1)
+            sums = sums + xp.matmul(assigned, x - origin)
+        return counts, sums
+
+    def _map(self, function: Callable[[Array], Array], size: int) -> Array:
+        # Without weights: rows of weight 0 have distances as well.
+        blocks = Rows(self.rows.array, None, self.rows.batch_size).blocks(size)
+        return array_namespace(self.rows.array).concat([function(x) for x, _ in blocks])
+
+    def _block_size(self, k: int) -> int:
+        return max(1, BLOCK_ELEMENTS // (k + self.rows.shape[1]))
 
 
 def _centred(x: Array, means: Array) -> Array:

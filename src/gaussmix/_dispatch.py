@@ -6,7 +6,7 @@ import os
 from gaussmix import _array_api, _numpy
 from gaussmix._covariance import Covariance
 from gaussmix._data import Rows
-from gaussmix._engine import Engine
+from gaussmix._engine import Clusters, Engine
 from gaussmix._typing import Array
 
 logger = logging.getLogger("gaussmix")
@@ -20,6 +20,13 @@ def engine(rows: Rows, covariance: Covariance, reg_covar: float = 0.0) -> Engine
     logger.debug("%s covariance runs on %s: %s", covariance.name, name, reason)
     implementation = _numpy.Engine if name == "numpy" else _array_api.Engine
     return implementation(rows, covariance, reg_covar)
+
+
+def clusters(rows: Rows) -> Clusters:
+    """The implementation of k-means for these rows, chosen as `engine` does."""
+    name, reason = choose(rows.array)
+    logger.debug("k-means runs on %s: %s", name, reason)
+    return _numpy.Clusters(rows) if name == "numpy" else _array_api.Clusters(rows)
 
 
 def choose(x: Array) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What an implementation of EM offers to the loop and the estimators."""
+"""What an implementation of EM and k-means offers to the loops and the estimators."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,3 +53,20 @@ class Engine(Protocol):
 
     def labels(self, parameters: Parameters) -> Array:
         """The component of largest responsibility for each row: (n,)."""
+
+
+class Clusters(Protocol):
+    """k-means on one data set, in one implementation."""
+
+    @property
+    def rows(self) -> Rows:
+        """The rows, in the library that computes."""
+
+    def labels(self, centroids: Array) -> Array:
+        """The centroid nearest to each row, the first of equals: (n,)."""
+
+    def squared_distances(self, centroids: Array) -> Array:
+        """Squared distance of each row, of weight 0 or not, to the nearest centroid: (n,)."""
+
+    def sums(self, centroids: Array, origin: Array) -> tuple[Array, Array]:
+        """Weight of the rows that are nearest to each centroid (k,), and the sums of their x - origin (k, d)."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.cluster import kmeans_plusplus
 
-from gaussmix._array_api import nearest, one_hot
-from gaussmix._arrays import array_namespace, asarray_like, device
+from gaussmix._arrays import array_namespace, asarray_like
 from gaussmix._data import Rows
-from gaussmix._engine import Engine
+from gaussmix._dispatch import clusters
+from gaussmix._engine import Clusters, Engine
 from gaussmix._parameters import Parameters
 from gaussmix._typing import Array
 
@@ -21,7 +21,7 @@ from gaussmix._typing import Array
 SAMPLE_ROWS = 2**14
 SAMPLE_ROWS_PER_COMPONENT = 256
 
-# Elements of the (rows, k) and (rows, d) arrays of a block of k-means.
+# Elements of a block of rows whose mean is taken.
 BLOCK_ELEMENTS = 2**18
 
 
@@ -52,7 +52,7 @@ def find_means(rows: Rows, k: int, strategy: str, random_state: np.random.Random
     seeds = SEEDS["random" if strategy == "random_from_data" else "kmeans++"](sample, k, random_state)
     if strategy != "kmeans":
         return seeds
-    return lloyd(sample, seeds, tolerance=1e-4, max_iter=300).centroids
+    return lloyd(clusters(sample), seeds, tolerance=1e-4, max_iter=300).centroids
 
 
 def _seed_kmeans_plusplus(sample: Rows, k: int, random_state: np.random.RandomState) -> Array:
@@ -81,19 +81,19 @@ class KMeansResult:
     n_iter: int
 
 
-def lloyd(rows: Rows, centroids: Array, *, tolerance: float, max_iter: int) -> KMeansResult:
-    """k-means from these centroids (k, d), until they move by at most `tolerance` x the mean variance of a feature.
+def lloyd(on_rows: Clusters, seeds: Array, *, tolerance: float, max_iter: int) -> KMeansResult:
+    """k-means from these seeds (k, d), until centroids move by at most `tolerance` x the mean variance of a feature.
 
     The movement is the Frobenius norm over all centroids. A cluster without rows moves to the row that is farthest from
     its own centroid.
     """
-    xp = array_namespace(centroids)
-    size = block_size(*centroids.shape)
-    middle = rows.mean(size)
-    variance = sum(_weighted_sum((x - middle) ** 2, weight) for x, weight in rows.blocks(size)) / rows.shape[1]
-    threshold = tolerance * float(variance / _total_weight(rows))
+    rows = on_rows.rows
+    xp = array_namespace(rows.array)
+    centroids = asarray_like(seeds, rows.array, rows.dtype)
+    middle = rows.mean(max(1, BLOCK_ELEMENTS // rows.shape[1]))
+    threshold = tolerance * mean_squared_distance(on_rows, middle[None, :]) / rows.shape[1]
     for n_iter in range(1, max_iter + 1):
-        moved = _update(rows, centroids, middle, size)
+        moved = _update(on_rows, centroids, middle)
         shift = float(xp.linalg.vector_norm(moved - centroids))
         centroids = moved
         if shift <= threshold:
@@ -101,62 +101,34 @@ def lloyd(rows: Rows, centroids: Array, *, tolerance: float, max_iter: int) -> K
     return KMeansResult(centroids, False, max_iter)
 
 
-def squared_distances(x: Array, centroids: Array) -> Array:
-    """Squared distance of each row to the nearest centroid: (n,)."""
-    xp = array_namespace(x)
-    offset = x - xp.take(centroids, nearest(x, centroids), axis=0)
-    return xp.sum(offset * offset, axis=1)
+def mean_squared_distance(on_rows: Clusters, centroids: Array) -> float:
+    """Weighted mean of the squared distances of the rows to the nearest centroid."""
+    xp = array_namespace(centroids)
+    found, weight = on_rows.squared_distances(centroids), on_rows.rows.sample_weight
+    return float(xp.mean(found) if weight is None else xp.sum(weight * found) / xp.sum(weight))
 
 
-def distances(x: Array, centroids: Array) -> Array:
-    """Euclidean distance of each row to each centroid: (n, k)."""
-    return array_namespace(x).linalg.vector_norm(x[:, None, :] - centroids[None, :, :], axis=2)
-
-
-def block_size(k: int, d: int) -> int:
-    """Rows of a block of k-means."""
-    return max(1, BLOCK_ELEMENTS // (k + d))
-
-
-def _update(rows: Rows, centroids: Array, middle: Array, size: int) -> Array:
+def _update(on_rows: Clusters, centroids: Array, middle: Array) -> Array:
     """One iteration of Lloyd's: the mean of the rows nearest to each centroid."""
     xp = array_namespace(centroids)
-    k = centroids.shape[0]
-    counts, sums = xp.zeros_like(centroids[:, 0]), xp.zeros_like(centroids)
-    for x, weight in rows.blocks(size):
-        assigned = xp.matrix_transpose(one_hot(nearest(x, centroids), x, k))
-        if weight is not None:
-            assigned = assigned * weight
-        counts = counts + xp.sum(assigned, axis=1)
-        sums = sums + xp.matmul(assigned, x - middle)
+    # About the middle of the rows, sums keep their digits.
+    counts, sums = on_rows.sums(centroids, middle)
     empty = counts == 0
     moved = xp.where(empty[:, None], centroids, middle + sums / xp.where(empty, 1, counts)[:, None])
     n_empty = int(xp.sum(xp.astype(empty, xp.int64)))
-    return _reseeded(rows, moved, empty, n_empty, size) if n_empty else moved
+    return _reseeded(on_rows, moved, empty, n_empty) if n_empty else moved
 
 
-def _reseeded(rows: Rows, centroids: Array, empty: Array, n_empty: int, size: int) -> Array:
+def _reseeded(on_rows: Clusters, centroids: Array, empty: Array, n_empty: int) -> Array:
     """Empty clusters moved to the rows farthest from all centroids; unmoved where every row lies on one."""
-    xp = array_namespace(centroids)
-    distances = xp.zeros(0, dtype=centroids.dtype, device=device(centroids))
-    farthest = centroids[:0, :]
-    for x, _ in rows.blocks(size):
-        distances = xp.concat([distances, squared_distances(x, centroids)])
-        farthest = xp.concat([farthest, x])
-        order = xp.argsort(distances, descending=True, stable=True)
-        order = order[: min(n_empty, order.shape[0])]
-        distances, farthest = xp.take(distances, order), xp.take(farthest, order, axis=0)
+    xp, rows = array_namespace(centroids), on_rows.rows
+    distances = on_rows.squared_distances(centroids)
+    if rows.sample_weight is not None:
+        distances = xp.where(rows.sample_weight > 0, distances, 0)
+    order = xp.argsort(distances, descending=True, stable=True)[:n_empty]
     # The i-th empty cluster takes the i-th farthest row.
     rank = xp.cumulative_sum(xp.astype(empty, xp.int64)) - 1
-    rank = xp.where(empty, rank, 0)
-    use = empty & (xp.take(distances, rank) > 0)
-    return xp.where(use[:, None], xp.take(farthest, rank, axis=0), centroids)
-
-
-def _weighted_sum(values: Array, weight: Array | None) -> Array:
-    xp = array_namespace(values)
-    return xp.sum(values if weight is None else weight[:, None] * values)
-
-
-def _total_weight(rows: Rows) -> float:
-    return float(rows.shape[0] if rows.sample_weight is None else array_namespace(rows.array).sum(rows.sample_weight))
+    chosen = xp.take(order, xp.where(empty, rank, 0))
+    use = empty & (xp.take(distances, chosen) > 0)
+    farthest = xp.astype(xp.take(rows.array, chosen, axis=0), centroids.dtype)
+    return xp.where(use[:, None], farthest, centroids)

@@ -6,19 +6,13 @@ from typing import Any, Self
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from gaussmix._array_api import nearest
+from gaussmix import _array_api
 from gaussmix._arrays import array_namespace, asarray_like, floating_dtype
 from gaussmix._data import Rows
+from gaussmix._dispatch import clusters
+from gaussmix._engine import Clusters
 from gaussmix._estimator import Persistent
-from gaussmix._initialization import (
-    SAMPLE_ROWS,
-    SAMPLE_ROWS_PER_COMPONENT,
-    SEEDS,
-    block_size,
-    distances,
-    lloyd,
-    squared_distances,
-)
+from gaussmix._initialization import SAMPLE_ROWS, SAMPLE_ROWS_PER_COMPONENT, SEEDS, lloyd, mean_squared_distance
 from gaussmix._trainer import max_epochs
 from gaussmix._typing import Array
 from gaussmix._validation import (
@@ -135,12 +129,13 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Pe
 
         random_state = random_generator(self.random_state)
         sample = rows.sample(max(SAMPLE_ROWS, SAMPLE_ROWS_PER_COMPONENT * k), random_state)
-        seeds = asarray_like(SEEDS[self.init_strategy](sample, k, random_state), rows.array, rows.dtype)
-        result = lloyd(rows, seeds, tolerance=self.convergence_tolerance, max_iter=max_iter)
+        seeds = SEEDS[self.init_strategy](sample, k, random_state)
+        on_rows = clusters(rows)
+        result = lloyd(on_rows, seeds, tolerance=self.convergence_tolerance, max_iter=max_iter)
 
         self.centroids_ = asarray_like(result.centroids, rows.array, floating_dtype(rows.array))
         self.converged_, self.num_iter_ = result.converged, result.n_iter
-        self.inertia_ = mean_squared_distance(rows, result.centroids)
+        self.inertia_ = mean_squared_distance(on_rows, result.centroids)
         return self
 
     def predict(self, X: Any) -> Array:
@@ -157,8 +152,9 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Pe
             In the library and on the device of X.
         """
         rows = self._rows(X, "predict")
-        xp, centroids = array_namespace(rows.array), self._centroids(rows)
-        return xp.concat([nearest(x, centroids) for x, _ in rows.blocks(block_size(*centroids.shape))])
+        on_rows = clusters(rows)
+        labels = on_rows.labels(self._centroids(on_rows))
+        return asarray_like(labels, rows.array, array_namespace(rows.array).int64)
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Array:
         """Find the centroids and return the labels of the same rows, as `fit(X).predict(X)` does."""
@@ -178,10 +174,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Pe
             In the units, the library, on the device and in the dtype of X.
         """
         rows = self._rows(X, "transform")
-        xp, centroids = array_namespace(rows.array), self._centroids(rows)
-        size = max(1, block_size(*centroids.shape) // rows.shape[1])
-        found = xp.concat([distances(x, centroids) for x, _ in rows.blocks(size)])
-        return xp.astype(found, floating_dtype(rows.array), copy=False)
+        on_rows = _array_api.Clusters(rows)
+        return asarray_like(on_rows.distances(self._centroids(on_rows)), rows.array, floating_dtype(rows.array))
 
     def fit_transform(self, X: Any, y: Any = None, sample_weight: Any = None) -> Array:
         """Find the centroids and return the distances of the same rows, as `fit(X).transform(X)` does."""
@@ -201,10 +195,9 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Pe
             In squared units of the data; in the library, on the device and in the dtype of X.
         """
         rows = self._rows(X, "score_samples")
-        xp, centroids = array_namespace(rows.array), self._centroids(rows)
-        blocks = rows.blocks(block_size(*centroids.shape))
-        found = xp.concat([squared_distances(x, centroids) for x, _ in blocks])
-        return xp.astype(found, floating_dtype(rows.array), copy=False)
+        on_rows = clusters(rows)
+        found = on_rows.squared_distances(self._centroids(on_rows))
+        return asarray_like(found, rows.array, floating_dtype(rows.array))
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean squared distance of a row to its centroid: smaller is better.
@@ -220,8 +213,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Pe
         -------
         inertia : float
         """
-        rows = self._rows(X, "score")
-        return mean_squared_distance(rows, self._centroids(rows))
+        on_rows = clusters(self._rows(X, "score"))
+        return mean_squared_distance(on_rows, self._centroids(on_rows))
 
     @property
     def model_(self) -> KMeansModel:
@@ -238,16 +231,5 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Pe
         check_same_library(rows.array, self, self.centroids_, method)
         return rows
 
-    def _centroids(self, rows: Rows) -> Array:
-        return asarray_like(self.centroids_, rows.array, rows.dtype)
-
-
-def mean_squared_distance(rows: Rows, centroids: Array) -> float:
-    """Weighted mean of the squared distances to the nearest centroid."""
-    xp = array_namespace(centroids)
-    total, count = 0.0, 0.0
-    for x, weight in rows.blocks(block_size(*centroids.shape)):
-        found = squared_distances(x, centroids)
-        total += float(xp.sum(found if weight is None else weight * found))
-        count += float(x.shape[0] if weight is None else xp.sum(weight))
-    return total / count
+    def _centroids(self, on_rows: Clusters) -> Array:
+        return asarray_like(self.centroids_, on_rows.rows.array, on_rows.rows.dtype)

@@ -1,4 +1,4 @@
-"""EM and inference on the CPU, for NumPy arrays and torch tensors in host memory (shared, not copied).
+"""EM, inference and k-means on the CPU, for NumPy arrays and torch tensors in host memory (shared, not copied).
 
 The log-density of every covariance type is linear in features of x, phi = [1, x, quadratic], and the statistics
 are weighted sums of the same features: an EM iteration is two matrix products around a softmax. Rows are taken in
@@ -24,10 +24,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 from array_api_compat import is_numpy_array, is_torch_array
+from scipy.sparse import csc_array
 from threadpoolctl import ThreadpoolController
 
 from gaussmix import _array_api, _pruning
-from gaussmix._array_api import nearest
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import Covariance
 from gaussmix._data import Rows, slices
@@ -91,14 +91,106 @@ FORMS = (
 )
 
 
-class Engine:
+class _Threaded:
+    """Rows in host memory, and threads that take them slab by slab."""
+
+    def __init__(self, rows: Rows) -> None:
+        weight = rows.sample_weight
+        self.rows = Rows(to_numpy(rows.array), None if weight is None else to_numpy(weight), rows.batch_size)
+
+    @property
+    def n_features(self) -> int:
+        """Number of features of a row."""
+        return 1 + self.rows.shape[1]
+
+    def _nearest(self, slab: slice, centroids: Array, origin: Array) -> Iterator[tuple[slice, Array, Array]]:
+        """Blocks of a slab: where they are, [x - origin, 1] (b, d + 1), the nearest of `centroids` to each row (b,).
+
+        The nearest is the first of equals. Products lose least about an `origin` in the middle of the centroids.
+        """
+        k, d = centroids.shape
+        c = centroids - origin
+        # |x|^2 is the same for every centroid.
+        factor = np.concatenate([-2 * c.T, np.sum(c * c, axis=1)[None]])
+        size = int(np.clip(BLOCK_BYTES // (8 * (k + 2 * d)), *BLOCK_ROWS))
+        size = min(size, self.rows.batch_size or size)
+        buffer, products = np.ones((size, d + 1)), np.empty(size * k)
+        for block in _within(slab, size):
+            x = buffer[: block.stop - block.start]
+            np.subtract(self.rows.array[block], origin, out=x[:, :d])
+            yield block, x, np.matmul(x, factor, out=_shaped(products, len(x), k)).argmin(axis=1)
+
+    def _weight(self, block: slice) -> Array | None:
+        return None if self.rows.sample_weight is None else self.rows.sample_weight[block]
+
+    def _run(self, function: Callable[[slice], T], k: int, least_rows: int = BLOCK_ROWS[0]) -> list[T]:
+        """`function` of each slab, in order: on as many threads as BLAS may use, each with one thread of BLAS."""
+        n = self.rows.shape[0]
+        work = 4 * n * (k + 8) * self.n_features
+        n_slabs = max(1, min(MOST_SLABS, work // SLAB_FLOPS, n // least_rows))
+        parts = list(slices(n, -(-n // n_slabs)))
+
+        def quietly(part: slice) -> T:
+            # What overflows is not finite, and computed again in a form with more room.
+            with np.errstate(over="ignore", invalid="ignore"):
+                return function(part)
+
+        with one_blas_thread() as threads:
+            if min(threads, len(parts)) == 1:
+                return [quietly(part) for part in parts]
+            with ThreadPoolExecutor(min(threads, len(parts))) as pool:
+                return list(pool.map(quietly, parts))
+
+
+class Clusters(_Threaded):
+    """k-means on one data set."""
+
+    def labels(self, centroids: Array) -> Array:
+        """The centroid nearest to each row, the first of equals: (n,)."""
+        return self._map(lambda block, nearest: nearest, centroids, np.int64)
+
+    def squared_distances(self, centroids: Array) -> Array:
+        """Squared distance of each row to the nearest centroid: (n,)."""
+
+        def squared(block: slice, nearest: Array) -> Array:
+            offset = self.rows.array[block] - centroids.take(nearest, axis=0)
+            return np.einsum("bd,bd->b", offset, offset)
+
+        return self._map(squared, centroids, np.float64)
+
+    def sums(self, centroids: Array, origin: Array) -> tuple[Array, Array]:
+        """Weight of the rows that are nearest to each centroid (k,), and the sums of their x - origin (k, d)."""
+        k, d = centroids.shape
+
+        def sums(slab: slice) -> Array:
+            total = np.zeros((k, d + 1))
+            for block, x, nearest in self._nearest(slab, centroids, origin):
+                weight = self._weight(block)
+                weight = np.ones(len(x)) if weight is None else weight
+                total += csc_array((weight, nearest, np.arange(len(x) + 1)), shape=(k, len(x))) @ x
+            return total
+
+        total = sum(self._run(sums, k))
+        return total[:, d], total[:, :d]
+
+    def _map(self, function: Callable[[slice, Array], Array], centroids: Array, dtype: Any) -> Array:
+        out = np.empty(self.rows.shape[0], dtype=dtype)
+
+        def fill(slab: slice) -> None:
+            for block, _, nearest in self._nearest(slab, centroids, centroids.mean(axis=0)):
+                out[block] = function(block, nearest)
+
+        self._run(fill, len(centroids))
+        return out
+
+
+class Engine(_Threaded):
     """EM and inference on one data set for one covariance type."""
 
     backend = "numpy"
 
     def __init__(self, rows: Rows, covariance: Covariance, reg_covar: float) -> None:
-        weight = rows.sample_weight
-        self.rows = Rows(to_numpy(rows.array), None if weight is None else to_numpy(weight), rows.batch_size)
+        super().__init__(rows)
         self.covariance, self.reg_covar = covariance, reg_covar
         self._dtype = np.dtype(np.float32 if self.rows.array.dtype == np.float32 else np.float64)
         self._forms = [form for form in FORMS if form.dtype.itemsize >= self._dtype.itemsize]
@@ -116,8 +208,8 @@ class Engine:
         labels = np.empty(self.rows.shape[0], dtype=np.min_scalar_type(-len(means)))
 
         def statistics(slab: slice) -> SufficientStatistics:
-            for block in _within(slab, BLOCK_ROWS[1]):
-                labels[block] = nearest(self._read(block, np.dtype(np.float64)).T, means)
+            for block, _, nearest in self._nearest(slab, means, means.mean(axis=0)):
+                labels[block] = nearest
             rows = np.asarray(self.rows.array[slab])
             return _pruning.assign(rows, self._weight(slab), labels[slab], means, self.covariance)
 
@@ -232,25 +324,30 @@ class Engine:
 
     def log_evidence(self, parameters: Parameters) -> Array:
         """Log-density of each row under the mixture: (n,)."""
-        bounds = self._bounds(parameters, self._middle(parameters))
-        if bounds is None:
-            return self._infer(parameters, _array_api.log_evidence, self._log_evidence, (), np.float64)
-        out = np.empty(self.rows.shape[0])
-
-        def evidence(slab: slice) -> None:
-            out[slab] = _pruning.log_evidence(np.asarray(self.rows.array[slab]), parameters, self.covariance, bounds)
-
-        self._run_grouped(evidence, len(parameters.weights))
-        return out
+        return self._infer(
+            parameters, _pruning.log_evidence, _array_api.log_evidence, self._log_evidence, (), np.float64
+        )
 
     def responsibilities(self, parameters: Parameters) -> Array:
         """Posterior probability of each component given the row: (n, k)."""
-        k = len(parameters.weights)
-        return self._infer(parameters, _array_api.responsibilities, self._responsibilities, (k,), None)
+        return self._infer(
+            parameters,
+            _pruning.responsibilities,
+            _array_api.responsibilities,
+            self._responsibilities,
+            parameters.weights.shape,
+            self._dtype,
+        )
 
     def labels(self, parameters: Parameters) -> Array:
         """The component of largest responsibility for each row: (n,)."""
-        return self._infer(parameters, _array_api.labels, lambda logits, x, u: logits.argmax(axis=0), (), np.int64)
+        return self._infer(parameters, _pruning.labels, _array_api.labels, self._argmax, (), np.int64)
+
+    def _argmax(self, logits: Array, x: Array, precision_cholesky: Array) -> Array:
+        # NumPy's argmax along the first axis takes several times as long.
+        k = len(logits)
+        ranks = np.arange(k, 0, -1, dtype=np.min_scalar_type(k))[:, None]
+        return k - ((logits == logits.max(axis=0)) * ranks).max(axis=0)
 
     def _log_evidence(self, logits: Array, x: Array, precision_cholesky: Array) -> Array:
         shared = self.covariance.shared_quadratic(x, precision_cholesky)
@@ -267,16 +364,25 @@ class Engine:
     def _infer(
         self,
         parameters: Parameters,
+        pruned: Callable[[Array, Parameters, Covariance, _pruning.Bounds, Array], None],
         centred: Callable[[Array, Parameters, Covariance], Array],
         expanded: Callable[[Array, Array, Array], Array],
         shape: tuple[int, ...],
         dtype: Any,
     ) -> Array:
         shift = self._middle(parameters)
+        out = np.empty((self.rows.shape[0], *shape), dtype=dtype)
+        bounds = self._bounds(parameters, shift)
+        if bounds is not None:
+
+            def prune(slab: slice) -> None:
+                pruned(np.asarray(self.rows.array[slab]), parameters, self.covariance, bounds, out[slab])
+
+            self._run_grouped(prune, len(parameters.weights))
+            return out
         self._fall_back_for(parameters, shift)
         natural = self._natural(parameters, shift)
         form = self._forms[0]
-        out = np.empty((self.rows.shape[0], *shape), dtype=form.dtype if dtype is None else dtype)
         factor = parameters.precision_cholesky.astype(form.dtype)
         size = self._block_rows(len(natural), form.dtype)
 
@@ -394,30 +500,9 @@ class Engine:
         """Rows of a block as columns: (d, b)."""
         return np.asarray(self.rows.array[block]).astype(dtype, copy=False).T
 
-    def _weight(self, block: slice) -> Array | None:
-        return None if self.rows.sample_weight is None else self.rows.sample_weight[block]
-
     def _run_grouped(self, function: Callable[[slice], T], k: int) -> list[T]:
         """`_run` in slabs that are long enough for a component's rows to make a matrix product."""
         return self._run(function, k, least_rows=min(PRUNING_ROWS * k, -(-self.rows.shape[0] // 4)))
-
-    def _run(self, function: Callable[[slice], T], k: int, least_rows: int = BLOCK_ROWS[0]) -> list[T]:
-        """`function` of each slab, in order: on as many threads as BLAS may use, each with one thread of BLAS."""
-        n = self.rows.shape[0]
-        work = 4 * n * (k + 8) * self.n_features
-        n_slabs = max(1, min(MOST_SLABS, work // SLAB_FLOPS, n // least_rows))
-        parts = list(slices(n, -(-n // n_slabs)))
-
-        def quietly(part: slice) -> T:
-            # What overflows is not finite, and computed again in a form with more room.
-            with np.errstate(over="ignore", invalid="ignore"):
-                return function(part)
-
-        with one_blas_thread() as threads:
-            if min(threads, len(parts)) == 1:
-                return [quietly(part) for part in parts]
-            with ThreadPoolExecutor(min(threads, len(parts))) as pool:
-                return list(pool.map(quietly, parts))
 
 
 class _Sums:

@@ -92,13 +92,28 @@ def expect(
     return sums.statistics()
 
 
-def log_evidence(rows: Array, parameters: Parameters, covariance: Covariance, bounds: Bounds) -> Array:
-    """Log-density of `rows` (n, d) under the mixture: (n,)."""
-    out = np.empty(len(rows))
+def log_evidence(rows: Array, parameters: Parameters, covariance: Covariance, bounds: Bounds, out: Array) -> None:
+    """Log-density of `rows` (n, d) under the mixture, into `out` (n,)."""
     for group in slices(len(rows), GROUP_ROWS):
         labels = bounds.guess(rows[group])
         out[group] = _responsibilities(rows[group], labels, parameters, covariance, bounds)[0]
-    return out
+
+
+def responsibilities(rows: Array, parameters: Parameters, covariance: Covariance, bounds: Bounds, out: Array) -> None:
+    """Posterior probability of each component given the row, into `out` (n, k); exactly 0 for those left out."""
+    out[...] = 0
+    for group in slices(len(rows), GROUP_ROWS):
+        labels = bounds.guess(rows[group])
+        _, index, components, r = _responsibilities(rows[group], labels, parameters, covariance, bounds)
+        out[group.start + index, components] = r
+
+
+def labels(rows: Array, parameters: Parameters, covariance: Covariance, bounds: Bounds, out: Array) -> None:
+    """The component of largest responsibility for each of `rows` (n, d), into `out` (n,)."""
+    for group in slices(len(rows), GROUP_ROWS):
+        likeliest = bounds.guess(rows[group])
+        _responsibilities(rows[group], likeliest, parameters, covariance, bounds)
+        out[group] = likeliest
 
 
 def assign(
@@ -115,7 +130,10 @@ def assign(
 def _responsibilities(
     rows: Array, labels: Array, parameters: Parameters, covariance: Covariance, bounds: Bounds
 ) -> tuple[Array, Array, Array, Array]:
-    """Log-evidences (n,), and those responsibilities that are not zero, with their rows and components."""
+    """Log-evidences (n,), and those responsibilities that are not zero, with their rows and components.
+
+    `labels` (n,), a component that each row is thought to belong to, is left with the likeliest.
+    """
 
     def weighted_log_prob(index: Array, components: Array) -> Array:
         values = np.empty(len(index))
@@ -138,7 +156,8 @@ def _responsibilities(
     index = np.concatenate([own, others])
     r = np.concatenate([known, values]) / total[index]
     of_all = np.concatenate([labels, components])
-    likelier = values == 1
+    # The first of equals, as argmax has it: others are in the order of their components.
+    likelier = np.flatnonzero((values == 1) & ((known[others] < 1) | (components < labels[others])))[::-1]
     labels[others[likelier]] = components[likelier]
     return largest + np.log(total), index, of_all, r
 

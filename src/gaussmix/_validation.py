@@ -30,7 +30,17 @@ def validate_rows(
     batch_size: int | None = None,
 ) -> Rows:
     """The rows of whatever X is, checked; sets `n_features_in_` with `reset` and compares with it without."""
-    if isinstance(X, np.memmap) or (is_array_api_obj(X) and not isinstance(X, np.ndarray)):
+    if isinstance(X, np.ndarray):
+        # What scikit-learn would pass on as it is, it takes longer to look at than a small prediction does.
+        own = isinstance(X, np.memmap) or (
+            type(X) is np.ndarray
+            and X.ndim == 2
+            and X.dtype in (np.float32, np.float64)
+            and not hasattr(estimator, "feature_names_in_")
+        )
+    else:
+        own = is_array_api_obj(X)
+    if own:
         X = _validate_array(estimator, X, reset, min_rows)
     else:
         if isinstance(X, np.ndarray) and X.dtype == np.float16:
@@ -51,7 +61,7 @@ def validate_rows(
 
 
 def _validate_array(estimator: Any, X: Array, reset: bool, min_rows: int) -> Array:
-    """The same rules for a memory map, which is not to be read whole, and for arrays of other libraries."""
+    """The same rules for arrays that need no conversion, memory maps (not to be read whole) and other libraries."""
     name = type(estimator).__name__
     if is_torch_array(X):
         X = X.detach()
