@@ -3,7 +3,7 @@ FULL := .venv/bin
 BASE := .venv-base/bin
 BENCH := .venv-bench/bin
 
-.PHONY: help demo test test-base test-array-api test-big check bench bench-quick clean
+.PHONY: help demo test test-base test-array-api test-big test-gpu gate check bench bench-quick bench-gpu clean
 
 help:            ## what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -12,16 +12,22 @@ demo: $(BASE)/.installed-demo            ## segment a photograph; writes segment
 	$(BASE)/python examples/segmentation.py
 
 test: $(FULL)/.installed-test            ## the test suite with every backend that a CPU can run
-	GAUSSMIX_REQUIRE_BACKENDS=torch,array_api_strict $(FULL)/python -m pytest -m "not big" $(ARGS)
+	GAUSSMIX_REQUIRE_BACKENDS=torch,triton,array_api_strict $(FULL)/python -m pytest -m "not big" $(ARGS)
 
 test-base: $(BASE)/.installed-test-base            ## the same suite where torch is not installed
 	GAUSSMIX_REQUIRE_BACKENDS=array_api_strict $(BASE)/python -m pytest -m "not big" $(ARGS)
 
 test-array-api: $(FULL)/.installed-test            ## the same suite with the array API implementation for every array
-	GAUSSMIX_BACKEND=array_api $(FULL)/python -m pytest -m "not big" $(ARGS)
+	GAUSSMIX_BACKEND=array_api $(FULL)/python -m pytest -m "not big" --ignore=tests/kernels $(ARGS)
 
 test-big: $(FULL)/.installed-test            ## cases that need several GiB of memory or some minutes
 	$(FULL)/python -m pytest -m big $(ARGS)
+
+test-gpu:            ## the kernels' tests with the Python that is active, on the GPU it sees
+	$(PYTHON) -m pytest tests/kernels $(ARGS)
+
+gate: $(FULL)/.installed-test            ## compiles every kernel for four GPU architectures; needs no GPU
+	PYTHONPATH=kernels $(FULL)/python -m gaussmix_kernels.gate
 
 check: $(FULL)/.installed-test            ## formatting, lint, types and the direction of imports
 	$(FULL)/ruff format --check .
@@ -34,6 +40,9 @@ bench: $(BENCH)/.installed-bench            ## every benchmark against scikit-le
 
 bench-quick: $(FULL)/.installed-test            ## small cases, compared with the committed snapshot
 	$(FULL)/python benchmarks/run.py --quick
+
+bench-gpu:            ## the kernels, EM and its peers on the GPU that the active Python sees; under 8 minutes
+	PYTHONPATH=src:kernels $(PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean:            ## remove environments and caches
 	rm -rf .venv .venv-base .venv-bench .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -17,6 +17,13 @@ from sklearn.exceptions import ConvergenceWarning
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
 
+if importlib.util.find_spec("torch") and importlib.util.find_spec("triton"):
+    import torch
+
+    if not torch.cuda.is_available():
+        # The kernels then run in Triton's interpreter. Triton looks once, when it is imported.
+        os.environ["TRITON_INTERPRET"] = "1"
+
 slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=slow_is_fine)
 settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, suppress_health_check=slow_is_fine)
@@ -24,6 +31,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 LIBRARIES = ("numpy", "torch", "array_api_strict")
 INSTALLED = tuple(name for name in LIBRARIES if importlib.util.find_spec(name))
+# The kernels are no array library, but a backend that a run may require.
+BACKENDS = (*LIBRARIES, "triton")
+INSTALLED_BACKENDS = tuple(name for name in BACKENDS if importlib.util.find_spec(name))
 
 
 @dataclass(frozen=True)
@@ -51,13 +61,14 @@ class Library:
 
 
 def pytest_report_header() -> str:
-    missing = sorted(set(LIBRARIES) - set(INSTALLED))
-    return f"array libraries: {', '.join(INSTALLED)}" + (f"; not installed: {', '.join(missing)}" if missing else "")
+    missing = sorted(set(BACKENDS) - set(INSTALLED_BACKENDS))
+    there = f"backends: {', '.join(INSTALLED_BACKENDS)}" + (f"; not installed: {', '.join(missing)}" if missing else "")
+    return there + ("; kernels run in Triton's interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     required = set(filter(None, os.environ.get("GAUSSMIX_REQUIRE_BACKENDS", "").split(",")))
-    if missing := sorted(required - set(INSTALLED)):
+    if missing := sorted(required - set(INSTALLED_BACKENDS)):
         raise pytest.UsageError(f"GAUSSMIX_REQUIRE_BACKENDS names {missing}, which are not installed")
 
 

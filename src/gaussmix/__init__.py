@@ -2,11 +2,12 @@
 
 import logging
 
+from gaussmix._estimate import Estimate, estimate
 from gaussmix._kmeans import KMeans
 from gaussmix._mixture import GaussianMixture
 
 __version__ = "0.1.0"
-__all__ = ["GaussianMixture", "KMeans", "__version__", "set_logging_level"]
+__all__ = ["Estimate", "GaussianMixture", "KMeans", "__version__", "estimate", "set_logging_level"]
 
 
 def set_logging_level(level: int | str) -> None:

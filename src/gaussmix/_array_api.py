@@ -18,6 +18,8 @@ from gaussmix._typing import Array
 # Elements of the (k, rows, d) array of a block, and of the (rows, k) and (rows, d) arrays of a block of k-means: 2 MiB
 # in float64, which a CPU's cache still holds.
 BLOCK_ELEMENTS = 2**18
+# What keeps a GPU busy.
+GPU_BLOCK_ELEMENTS = 2**25
 
 
 def log_prob(x: Array, parameters: Parameters, covariance: Covariance) -> Array:
@@ -163,7 +165,7 @@ class Engine:
 
     def block_size(self, k: int) -> int:
         """Rows of a block."""
-        return max(1, BLOCK_ELEMENTS // (k * self.rows.shape[1]))
+        return _block_size(self.rows.array, k * self.rows.shape[1])
 
 
 class Clusters:
@@ -189,7 +191,7 @@ class Clusters:
     def distances(self, centroids: Array) -> Array:
         """Distance of each row to each centroid: (n, k)."""
         norm = array_namespace(centroids).linalg.vector_norm
-        size = max(1, BLOCK_ELEMENTS // math.prod(centroids.shape))
+        size = _block_size(centroids, math.prod(centroids.shape))
         return self._map(lambda x: norm(x[:, None, :] - centroids[None, :, :], axis=2), size)
 
     def sums(self, centroids: Array, origin: Array) -> tuple[Array, Array]:
@@ -211,7 +213,7 @@ class Clusters:
         return array_namespace(self.rows.array).concat([function(x) for x, _ in blocks])
 
     def _block_size(self, k: int) -> int:
-        return max(1, BLOCK_ELEMENTS // (k + self.rows.shape[1]))
+        return _block_size(self.rows.array, k + self.rows.shape[1])
 
 
 def _centred(x: Array, means: Array) -> Array:
@@ -241,3 +243,9 @@ def _log_sum_exp(weighted_log_prob: Array) -> Array:
     xp = array_namespace(weighted_log_prob)
     largest = xp.max(weighted_log_prob, axis=0)
     return largest + xp.log(xp.sum(xp.exp(weighted_log_prob - largest), axis=0))
+
+
+def _block_size(x: Array, elements: int) -> int:
+    """Rows of a block, of so many elements each, on the device of x."""
+    on_gpu = "cuda" in str(device(x)).lower()
+    return max(1, (GPU_BLOCK_ELEMENTS if on_gpu else BLOCK_ELEMENTS) // elements)

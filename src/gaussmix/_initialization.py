@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.cluster import kmeans_plusplus
 
+from gaussmix import _numpy
 from gaussmix._arrays import array_namespace, asarray_like
 from gaussmix._data import Rows
-from gaussmix._dispatch import clusters
 from gaussmix._engine import Clusters, Engine
 from gaussmix._parameters import Parameters
 from gaussmix._typing import Array
@@ -52,7 +52,8 @@ def find_means(rows: Rows, k: int, strategy: str, random_state: np.random.Random
     seeds = SEEDS["random" if strategy == "random_from_data" else "kmeans++"](sample, k, random_state)
     if strategy != "kmeans":
         return seeds
-    return lloyd(clusters(sample), seeds, tolerance=1e-4, max_iter=300).centroids
+    # The sample is in host memory, whatever library holds the data.
+    return lloyd(_numpy.Clusters(sample), seeds, tolerance=1e-4, max_iter=300).centroids
 
 
 def _seed_kmeans_plusplus(sample: Rows, k: int, random_state: np.random.RandomState) -> Array:

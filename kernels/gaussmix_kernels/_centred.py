@@ -1,0 +1,326 @@
+"""EM of full covariances without expanding anything: x - mu_k is formed first.
+
+    logit_k = c_k - |(x' - mu'_k) U'_k|^2 / 2,    S_k = Z^T Z with Z = sqrt(r_k) (x' - mu'_k)
+
+    logits       (k, rows of a chunk). 2 n k d^2 flops, less the zero blocks of the triangle; 3 products for one
+    normalize    log-sum-exp over the components of a chunk; 8 bytes a logit, from the L2 cache
+    scatter      S_k, first moments and counts of a slab. 2 n k d^2 flops; the product of the two halves of Z is
+                 computed once and added with its transpose
+
+A chunk of rows is as long as its logits stay in the L2 cache. Sums of slabs are added in float64, in a fixed order.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from gaussmix_kernels._features import Operands, _add_product, _joined, _split
+from gaussmix_kernels._launch import CHUNK_BYTES, MOST_SLAB_ROWS, PROGRAMS, architecture, launch, padded, slab_rows
+from gaussmix_kernels._prepass import Data
+from gaussmix_kernels._sums import add_up
+
+MOST_CHUNK_ROWS = 2**20
+NORMALIZED_ROWS = 128
+
+
+@triton.jit
+def _centred_rows(hi, lo, centres, component, rows, valid, columns, ld, EXACT: tl.constexpr):
+    """X' - mu' of these features: rows x features."""
+    inside = columns < ld
+    mask = valid[:, None] & inside[None, :]
+    at = rows[:, None] * ld + columns[None, :]
+    x_hi = tl.load(hi + at, mask=mask, other=0)
+    x = _joined(x_hi, x_hi if EXACT else tl.load(lo + at, mask=mask, other=0), EXACT)
+    centre = tl.load(centres + component * ld + columns, mask=inside, other=0).to(x.dtype)
+    return tl.where(mask, x - centre[None, :], 0)
+
+
+@triton.jit(do_not_specialize=["start", "n"], do_not_specialize_on_alignment=["stop"])
+def _logits_kernel(
+    stop,
+    hi,
+    lo,
+    centres,
+    u_hi,
+    u_lo,
+    unit,
+    constants,
+    logits,
+    start,
+    n,
+    ld,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Log pi_k + log N of a component and a block of rows of the chunk, in units of log 2."""
+    if tl.load(stop) != 0:
+        return
+    dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
+    component = tl.program_id(0).to(tl.int64)
+    here = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = here < n
+    square = tl.zeros([BLOCK_N], dtype)
+    for right in tl.static_range(0, D, BLOCK_D):
+        whitened = tl.zeros([BLOCK_N, BLOCK_D], dtype)
+        out = right + tl.arange(0, BLOCK_D)
+        # U is upper triangular: blocks below its diagonal are zero.
+        for left in tl.static_range(0, right + BLOCK_D, BLOCK_D):
+            columns = left + tl.arange(0, BLOCK_D)
+            z = _centred_rows(hi, lo, centres, component, start + here, valid, columns, ld, EXACT)
+            z_hi, z_lo = _split(z, EXACT)
+            at = component * ld * ld + columns[:, None] * ld + out[None, :]
+            mask = (columns < ld)[:, None] & (out < ld)[None, :]
+            a_hi = tl.load(u_hi + at, mask=mask, other=0)
+            a_lo = tl.load(u_lo + at, mask=mask, other=0)
+            whitened = _add_product(whitened, z_hi, z_lo, a_hi, a_lo, EXACT)
+        square += tl.sum(whitened * whitened, axis=1)
+    scale = tl.load(unit + component)
+    tl.store(logits + component * n + here, tl.load(constants + component) - square * scale * scale, mask=valid)
+
+
+@triton.jit(do_not_specialize=["start", "n", "k"], do_not_specialize_on_alignment=["stop"])
+def _normalize_kernel(
+    stop, logits, weight, normalizer, labels, evidence, start, n, k, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Log-normalisers, likeliest components and log-likelihood of a block of rows of the chunk."""
+    if tl.load(stop) != 0:
+        return
+    here = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = here < n
+    largest = tl.full([BLOCK_N], -float("inf"), logits.dtype.element_ty)
+    total = tl.zeros([BLOCK_N], logits.dtype.element_ty)
+    likeliest = tl.zeros([BLOCK_N], tl.int32)
+    for first in range(0, k, BLOCK_K):
+        components = first + tl.arange(0, BLOCK_K)
+        mask = (components < k)[:, None] & valid[None, :]
+        tile = tl.load(logits + components.to(tl.int64)[:, None] * n + here[None, :], mask=mask, other=-1e30)
+        top = tl.max(tile, axis=0)
+        of_tile = tl.min(tl.where(tile == top[None, :], components[:, None], 2147483647), axis=0)
+        likeliest = tl.where(top > largest, of_tile, likeliest)
+        new = tl.maximum(largest, top)
+        total = total * tl.exp2(largest - new) + tl.sum(tl.exp2(tile - new[None, :]), axis=0)
+        largest = new
+    log_total = largest + tl.log2(total)
+    tl.store(normalizer + start + here, log_total, mask=valid)
+    tl.store(labels + start + here, likeliest, mask=valid)
+    weighted = tl.where(valid, log_total, 0).to(tl.float64)
+    if weight is not None:
+        weighted *= tl.load(weight + start + here, mask=valid, other=0)
+    tl.store(evidence + tl.program_id(0), tl.sum(weighted))
+
+
+@triton.jit(do_not_specialize=["start", "n", "slab", "k"], do_not_specialize_on_alignment=["stop"])
+def _scatter_kernel(
+    stop,
+    hi,
+    lo,
+    weight,
+    centres,
+    logits,
+    normalizer,
+    labels,
+    sums,
+    start,
+    n,
+    slab,
+    k,
+    ld,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Scatter of a component about its centre, for a slab of rows of the chunk and a pair of blocks of features."""
+    if tl.load(stop) != 0:
+        return
+    N_BLOCKS: tl.constexpr = D // BLOCK_D
+    left = tl.program_id(2) // N_BLOCKS
+    right = tl.program_id(2) % N_BLOCKS
+    if left > right:
+        return
+    dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
+    component = tl.program_id(0).to(tl.int64)
+    left_columns = left * BLOCK_D + tl.arange(0, BLOCK_D)
+    right_columns = right * BLOCK_D + tl.arange(0, BLOCK_D)
+    count = tl.zeros([BLOCK_N], dtype)
+    first_moments = tl.zeros([BLOCK_D], dtype)
+    scatter = tl.zeros([BLOCK_D, BLOCK_D], dtype)
+    halves = tl.zeros([BLOCK_D, BLOCK_D], dtype)
+    first = tl.program_id(1).to(tl.int64) * slab
+    last = tl.minimum(first + slab, n)
+    for block in range(0, tl.cdiv(last - first, BLOCK_N)):
+        here = first + block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        valid = here < last
+        rows = start + here
+        if labels is not None:
+            r = tl.where(tl.load(labels + rows, mask=valid, other=-1) == component, 1.0, 0.0).to(dtype)
+        else:
+            logit = tl.load(logits + component * n + here, mask=valid, other=-1e30)
+            r = tl.where(valid, tl.exp2(logit - tl.load(normalizer + rows, mask=valid, other=0)), 0)
+        if weight is not None:
+            r *= tl.load(weight + rows, mask=valid, other=0)
+        root = tl.sqrt(r)
+        z = _centred_rows(hi, lo, centres, component, rows, valid, left_columns, ld, EXACT) * root[:, None]
+        count += r
+        first_moments += tl.sum(z * root[:, None], axis=0)
+        z_hi, z_lo = _split(z, EXACT)
+        if EXACT or N_BLOCKS > 1:
+            y = _centred_rows(hi, lo, centres, component, rows, valid, right_columns, ld, EXACT) * root[:, None]
+            y_hi, y_lo = _split(y, EXACT)
+            scatter = _add_product(scatter, tl.trans(z_hi), tl.trans(z_lo), y_hi, y_lo, EXACT)
+        else:
+            scatter = tl.dot(tl.trans(z_hi), z_hi, scatter)
+            halves = tl.dot(tl.trans(z_hi), z_lo, halves)
+    if not EXACT and N_BLOCKS == 1:
+        scatter += halves + tl.trans(halves)
+    out = sums + (tl.program_id(1).to(tl.int64) * k + component) * (ld * ld + ld + 1)
+    inside = (left_columns < ld)[:, None] & (right_columns < ld)[None, :]
+    tl.store(out + left_columns[:, None] * ld + right_columns[None, :], scatter, mask=inside)
+    if left == right:
+        tl.store(out + ld * ld + left_columns, first_moments, mask=left_columns < ld)
+        if left == 0:
+            tl.store(out + ld * ld + ld, tl.sum(count))
+    else:
+        tl.store(out + right_columns[:, None] * ld + left_columns[None, :], tl.trans(scatter), mask=tl.trans(inside))
+
+
+def tiles(kernel: str, architecture: int, exact: bool, d: int) -> dict[str, int]:
+    """Sizes of tiles, and warps: a function of the kernel, the architecture, the tier and the shape without n."""
+    D = padded(d)
+    if exact:
+        return dict(D=D, BLOCK_D=min(D, 32), BLOCK_N=32, num_warps=4)
+    return dict(D=D, BLOCK_D=min(D, 64), BLOCK_N=64, num_warps=4)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The centred kernels of one data set."""
+
+    data: Data
+    never: torch.Tensor  # (1,): a stop flag that is not set
+
+    @classmethod
+    def of(cls, data: Data) -> "Step":
+        """For these data."""
+        return cls(data, torch.zeros(1, dtype=torch.int32, device=data.hi.device))
+
+    def expect(self, operands: Operands, stop: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Statistics (k, ld^2 + ld + 1), float64, and parts of the log-likelihood, in units of log 2.
+
+        Columns of the statistics: scatter about the centres, first moments about them, the count.
+        """
+        stop = self.never if stop is None else stop
+        normalizer, labels = self._rooms()
+        total, evidence = None, []
+        for start, rows in self._chunks(operands.hi.shape[0]):
+            logits = self._logits(operands, start, rows, stop)
+            evidence.append(self._normalize(logits, normalizer, labels, start, stop))
+            total = self._scatter(operands.centres, logits, normalizer, None, start, rows, stop, total)
+        assert total is not None
+        return total, torch.cat(evidence)
+
+    def assign(self, labels: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+        """Statistics about `centres` (k, ld), each row in the component of its label (n,), int32."""
+        total = None
+        for start, rows in self._chunks(centres.shape[0]):
+            total = self._scatter(centres, None, None, labels, start, rows, self.never, total)
+        assert total is not None
+        return total
+
+    def normalize(self, operands: Operands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-evidence of each row (n,) in units of log 2, its likeliest component, parts of the log-likelihood."""
+        normalizer, labels, evidence = *self._rooms(), []
+        for start, rows in self._chunks(operands.hi.shape[0]):
+            logits = self._logits(operands, start, rows, self.never)
+            evidence.append(self._normalize(logits, normalizer, labels, start, self.never))
+        return normalizer, labels, torch.cat(evidence)
+
+    def responsibilities(self, operands: Operands) -> torch.Tensor:
+        """Posterior probability of each component given the row: (n, k)."""
+        k, (normalizer, labels) = operands.hi.shape[0], self._rooms()
+        out = torch.empty((self.data.shape[0], k), dtype=self.data.dtype, device=self.data.hi.device)
+        for start, rows in self._chunks(k):
+            logits = self._logits(operands, start, rows, self.never)
+            self._normalize(logits, normalizer, labels, start, self.never)
+            out[start : start + rows] = torch.exp2(logits - normalizer[start : start + rows]).T
+        return out
+
+    def _chunks(self, k: int) -> Iterator[tuple[int, int]]:
+        """First row and number of rows of each chunk."""
+        n = self.data.shape[0]
+        size = CHUNK_BYTES // (k * self.data.dtype.itemsize)
+        size = min(max(size // MOST_SLAB_ROWS, 1) * MOST_SLAB_ROWS, MOST_CHUNK_ROWS)
+        for start in range(0, n, size):
+            yield start, min(size, n - start)
+
+    def _logits(self, operands: Operands, start: int, rows: int, stop: torch.Tensor) -> torch.Tensor:
+        data, k, ld = self.data, operands.hi.shape[0], self.data.hi.shape[1]
+        tile = self._tiles("logits")
+        logits = torch.empty((k, rows), dtype=data.dtype, device=data.hi.device)
+        launch(
+            _logits_kernel,
+            (k, -(-rows // tile["BLOCK_N"])),
+            *(stop, data.hi, data.lo, operands.centres, operands.hi, operands.lo, operands.unit, operands.constants),
+            *(logits, start, rows, ld),
+            EXACT=data.exact,
+            **tile,
+        )
+        return logits
+
+    def _normalize(
+        self,
+        logits: torch.Tensor,
+        normalizer: torch.Tensor,
+        labels: torch.Tensor,
+        start: int,
+        stop: torch.Tensor,
+    ) -> torch.Tensor:
+        k, rows = logits.shape
+        n_blocks = -(-rows // NORMALIZED_ROWS)
+        evidence = torch.empty(n_blocks, dtype=torch.float64, device=logits.device)
+        launch(
+            _normalize_kernel,
+            (n_blocks,),
+            *(stop, logits, self.data.weight, normalizer, labels, evidence, start, rows, k),
+            BLOCK_K=16,
+            BLOCK_N=NORMALIZED_ROWS,
+        )
+        return evidence
+
+    def _scatter(
+        self,
+        centres: torch.Tensor,
+        logits: torch.Tensor | None,
+        normalizer: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        start: int,
+        rows: int,
+        stop: torch.Tensor,
+        total: torch.Tensor | None,
+    ) -> torch.Tensor:
+        data, (k, ld) = self.data, centres.shape
+        tile = self._tiles("scatter")
+        slab = slab_rows(rows, tile["BLOCK_N"], max(1, PROGRAMS // k))
+        n_slabs = -(-rows // slab)
+        sums = torch.empty((n_slabs, k, ld * ld + ld + 1), dtype=data.dtype, device=data.hi.device)
+        launch(
+            _scatter_kernel,
+            (k, n_slabs, (tile["D"] // tile["BLOCK_D"]) ** 2),
+            *(stop, data.hi, data.lo, data.weight, centres, logits, normalizer, labels, sums, start, rows, slab, k, ld),
+            EXACT=data.exact,
+            **tile,
+        )
+        return add_up(sums, stop, total)
+
+    def _rooms(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for log-normalisers and labels."""
+        n, device = self.data.shape[0], self.data.hi.device
+        return torch.empty(n, dtype=self.data.dtype, device=device), torch.empty(n, dtype=torch.int32, device=device)
+
+    def _tiles(self, kernel: str) -> dict[str, int]:
+        return tiles(kernel, architecture(self.data.hi), self.data.exact, self.data.shape[1])

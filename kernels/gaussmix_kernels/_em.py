@@ -1,0 +1,141 @@
+"""EM, inference and k-means on one data set: which kernels run, in which order."""
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from gaussmix_kernels import _centred, _features, diag, full, spherical, tied
+from gaussmix_kernels._features import Operands
+from gaussmix_kernels._parameters import (
+    CONVERGED,
+    LOG_2,
+    RUNNING,
+    Natural,
+    Parameters,
+    Settings,
+    decide,
+    fill_operands,
+    room_for_operands,
+)
+from gaussmix_kernels._prepass import Data
+
+TYPES: dict[str, ModuleType] = {"full": full, "tied": tied, "diag": diag, "spherical": spherical}
+
+# Iterations between two looks at the flag that stops them.
+ITERATIONS = 8
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where iterations ended: the last parameters that count, the lower bound of each, and why."""
+
+    parameters: Parameters
+    bounds: tuple[float, ...]
+    reason: int
+
+
+class EM:
+    """EM and inference for one covariance type, in one kind of features."""
+
+    def __init__(self, data: Data, covariance_type: str, kind: str) -> None:
+        self.data, self.kind = data, kind
+        self.type = TYPES[covariance_type]
+        device = data.hi.device
+        self.step: _centred.Step | _features.Step
+        self.step = _centred.Step.of(data) if kind == "centred" else _features.Step.of(data, kind)
+        # Logits are in units of log 2; those of centred rows are squares, of which half counts.
+        gain = math.sqrt(0.5 / LOG_2) if kind == "centred" else 1 / LOG_2
+        self._gain = torch.tensor([gain], dtype=torch.float64, device=device)
+        self._running = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def advance(
+        self, start: Parameters, *, at_most: int, previous: float, tolerance: float, settings: Settings
+    ) -> Progress:
+        """Up to `at_most` iterations, looked at from the host every few of them."""
+        buffers = [Parameters(*(value.clone() for value in vars(start).values())), start.empty_like()]
+        natural, operands = self._start(start)
+        bounds: list[float] = []
+        reason = RUNNING
+        while reason == RUNNING and len(bounds) < at_most:
+            m = min(ITERATIONS, at_most - len(bounds))
+            stop = torch.zeros(m + 1, dtype=torch.int32, device=self.data.hi.device)
+            found = torch.full((m + 1,), previous, dtype=torch.float64, device=self.data.hi.device)
+            for i in range(m):
+                old, new = buffers[i % 2], buffers[(i + 1) % 2]
+                self._iterate(old, new, natural, operands, settings, stop, found, i)
+            codes, values = torch.stack([stop.to(torch.float64), found]).tolist()
+            reason = int(codes[-1])
+            n = sum(code in (RUNNING, CONVERGED) for code in codes[1:]) if reason != CONVERGED else codes.index(1)
+            bounds.extend(values[1 : 1 + n])
+            previous = bounds[-1] if bounds else previous
+            if n % 2:
+                buffers.reverse()
+        return Progress(buffers[0], tuple(bounds), reason)
+
+    def _iterate(
+        self,
+        old: Parameters,
+        new: Parameters,
+        natural: Natural,
+        operands: Operands,
+        settings: Settings,
+        stop: torch.Tensor,
+        bounds: torch.Tensor,
+        i: int,
+    ) -> None:
+        running = stop[i : i + 1]
+        statistics, evidence = self.step.expect(operands, running)
+        shared = natural.shared.clone()
+        self.type.maximize(statistics, old, new, natural, self.data, settings, running)
+        decide(stop, bounds, settings, evidence, shared, old, new, natural, i)
+        fill_operands(operands, natural, self._gain, self.data.exact, stop[i + 1 : i + 2])
+
+    def expect(self, parameters: Parameters) -> tuple[torch.Tensor, float]:
+        """Statistics as the kernels keep them, and the log-likelihood of all rows."""
+        natural, operands = self._start(parameters)
+        statistics, evidence = self.step.expect(operands)
+        total = float(evidence.sum()) * LOG_2 + float(natural.shared.sum()) * self.data.total
+        return statistics, total * self.data.gain
+
+    def assign(self, labels: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+        """Statistics of rows that wholly belong to the component of their label (n,), int32.
+
+        Centred rows are about `means` (k, d), offsets from the shift.
+        """
+        k, d = means.shape
+        if isinstance(self.step, _features.Step):
+            return self.step.assign(labels, k)
+        natural = self.type.room(k, self.data, self.kind)
+        natural.centres[:, :d] = means * self.data.scale
+        return self.step.assign(labels, natural.centres)
+
+    def moments(self, statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Counts, first and second moments about the shift (centred rows: about the means), from statistics."""
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self.type.moments(statistics, self.data)
+        return found
+
+    def log_evidence(self, parameters: Parameters) -> torch.Tensor:
+        """Log-density of each row under the mixture: (n,), float64."""
+        normalizer, _, _ = self.step.normalize(self._start(parameters)[1])
+        shared: torch.Tensor | float = self.type.shared_log_density(parameters, self.data)
+        return normalizer.to(torch.float64) * LOG_2 + shared
+
+    def labels(self, parameters: Parameters) -> torch.Tensor:
+        """The likeliest component of each row: (n,), int32."""
+        return self.step.normalize(self._start(parameters)[1])[1]
+
+    def responsibilities(self, parameters: Parameters) -> torch.Tensor:
+        """Posterior probability of each component given the row: (n, k)."""
+        return self.step.responsibilities(self._start(parameters)[1])
+
+    def _start(self, parameters: Parameters) -> tuple[Natural, Operands]:
+        natural = self.type.room(parameters.means.shape[0], self.data, self.kind)
+        self.type.fill(natural, parameters, self.data)
+        return natural, self._operands(natural)
+
+    def _operands(self, natural: Natural) -> Operands:
+        operands = room_for_operands(natural, self.data)
+        fill_operands(operands, natural, self._gain, self.data.exact, self._running)
+        return operands

@@ -1,0 +1,587 @@
+"""EM of a model that is linear in features of x: tied, spherical, diag, and full covariances of few features.
+
+    log pi_k + log N(x; mu_k, Sigma_k) = w_k . phi(x) + c_k        statistics = sum_i r_i phi(x_i)^T
+
+phi is x', and one of: nothing (tied, up to a term that all components share), |x - shift|^2 (spherical), the squares of
+x' (diag), its products x'_i x'_j, i <= j (full).
+
+    accumulate          statistics of a slab of rows, in one read of the data: logits, softmax and the second product
+                        without leaving the chip. 2 products of 2 n k F flops each (3 tensor-core products for one)
+    normalize           log-normaliser and likeliest component of each row, where components x features are too many for
+                        the chip; `accumulate` and `responsibilities` then compute the logits once more
+    responsibilities    (n, k), for those who ask for it
+
+Logits are in units of log 2, components by rows: (k, b). Statistics are float32 sums over a slab of at most 4096 rows,
+stored apart and added in float64 in a fixed order by `_sums`: no atomics, the same bits on every run.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from gaussmix_kernels._launch import FUSED_SUMS, architecture, launch, multiple, padded, slab_rows
+from gaussmix_kernels._prepass import R_SCALE, Data
+from gaussmix_kernels._sums import add_up
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What the kernels multiply features with: `_finish` makes it from parameters."""
+
+    hi: torch.Tensor  # (k, width), float16 or float64
+    lo: torch.Tensor  # (k, width)
+    unit: torch.Tensor  # (k,): the product is to be multiplied with
+    constants: torch.Tensor  # (k,), log 2 units
+    slopes: torch.Tensor  # (k,): coefficients of |x - shift|^2, log 2 units
+    centres: torch.Tensor  # (k, ld), float64: mu' where x' - mu' is formed
+
+
+@dataclass(frozen=True)
+class Features:
+    """Which features phi has beside x', for d features of the data."""
+
+    kind: str  # "none", "norm", "squares", "products"
+    d: int
+
+    @property
+    def ld(self) -> int:
+        """Stored features of a row of the data."""
+        return multiple(self.d, 16)
+
+    @property
+    def n_products(self) -> int:
+        """Number of products x'_i x'_j."""
+        return self.d * (self.d + 1) // 2 if self.kind == "products" else 0
+
+    @property
+    def width(self) -> int:
+        """Stored features of phi that are multiplied with `Operands.hi`."""
+        return self.ld + {"squares": self.ld, "products": multiple(self.n_products, 16)}.get(self.kind, 0)
+
+    def pairs(self, device: torch.device) -> torch.Tensor:
+        """Which features each product is made of: (2, n_products), int32."""
+        return torch.triu_indices(self.d, self.d, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def _add_product(total, a_hi, a_lo, b_hi, b_lo, EXACT: tl.constexpr):
+    """Total + a @ b; in the default tier without the product of the small halves."""
+    if EXACT:
+        return tl.dot(a_hi, b_hi, total, out_dtype=tl.float64)
+    else:
+        total = tl.dot(a_lo, b_hi, total)
+        total = tl.dot(a_hi, b_lo, total)
+        return tl.dot(a_hi, b_hi, total)
+
+
+@triton.jit
+def _split(value, EXACT: tl.constexpr):
+    """Two float16 numbers with the sum of `value`; in the exact tier, the value."""
+    if EXACT:
+        return value, value
+    else:
+        hi = value.to(tl.float16)
+        return hi, (value - hi.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _joined(hi, lo, EXACT: tl.constexpr):
+    if EXACT:
+        return hi
+    else:
+        return hi.to(tl.float32) + lo.to(tl.float32)
+
+
+@triton.jit
+def _columns(hi, lo, rows, columns, mask, ld, EXACT: tl.constexpr):
+    """x'_rows,columns as columns x rows."""
+    at = rows[None, :] * ld + columns[:, None]
+    x_hi = tl.load(hi + at, mask=mask, other=0)
+    if EXACT:
+        return x_hi, x_hi
+    else:
+        return x_hi, tl.load(lo + at, mask=mask, other=0)
+
+
+@triton.jit
+def _second_features(hi, lo, pairs, rows, valid, columns, ld, n_products, KIND: tl.constexpr, EXACT: tl.constexpr):
+    """Squares or products as features x rows."""
+    if KIND == "squares":
+        mask = (columns < ld)[:, None] & valid[None, :]
+        x_hi, x_lo = _columns(hi, lo, rows, columns, mask, ld, EXACT)
+        x = _joined(x_hi, x_lo, EXACT)
+        return _split(x * x, EXACT)
+    else:
+        real = columns < n_products
+        mask = real[:, None] & valid[None, :]
+        left = tl.load(pairs + columns, mask=real, other=0)
+        right = tl.load(pairs + n_products + columns, mask=real, other=0)
+        x_hi, x_lo = _columns(hi, lo, rows, left, mask, ld, EXACT)
+        y_hi, y_lo = _columns(hi, lo, rows, right, mask, ld, EXACT)
+        return _split(_joined(x_hi, x_lo, EXACT) * _joined(y_hi, y_lo, EXACT), EXACT)
+
+
+@triton.jit
+def _logits(
+    hi,
+    lo,
+    squares,
+    pairs,
+    w_hi,
+    w_lo,
+    unit,
+    constants,
+    slopes,
+    components,
+    k,
+    rows,
+    valid,
+    ld,
+    n_products,
+    width,
+    KIND: tl.constexpr,
+    D: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Log pi_k + log N of components x rows, in units of log 2; -1e30 where there is no component."""
+    dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
+    real = components < k
+    total = tl.zeros([BLOCK_K, BLOCK_N], dtype)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        inside = columns < ld
+        x_hi, x_lo = _columns(hi, lo, rows, columns, inside[:, None] & valid[None, :], ld, EXACT)
+        at = components[:, None] * width + columns[None, :]
+        a_hi = tl.load(w_hi + at, mask=real[:, None] & inside[None, :], other=0)
+        a_lo = tl.load(w_lo + at, mask=real[:, None] & inside[None, :], other=0)
+        total = _add_product(total, a_hi, a_lo, x_hi, x_lo, EXACT)
+    if KIND == "squares" or KIND == "products":
+        for start in range(0, Q, BLOCK_D):
+            columns = start + tl.arange(0, BLOCK_D)
+            inside = columns < width - ld
+            q_hi, q_lo = _second_features(hi, lo, pairs, rows, valid, columns, ld, n_products, KIND, EXACT)
+            at = components[:, None] * width + ld + columns[None, :]
+            a_hi = tl.load(w_hi + at, mask=real[:, None] & inside[None, :], other=0)
+            a_lo = tl.load(w_lo + at, mask=real[:, None] & inside[None, :], other=0)
+            total = _add_product(total, a_hi, a_lo, q_hi, q_lo, EXACT)
+    total *= tl.load(unit + components, mask=real, other=0)[:, None]
+    total += tl.load(constants + components, mask=real, other=-1e30)[:, None]
+    if KIND == "norm":
+        square = tl.load(squares + rows, mask=valid, other=0)
+        total += tl.load(slopes + components, mask=real, other=0)[:, None] * square[None, :]
+    return total
+
+
+@triton.jit(do_not_specialize=["n", "k", "slab", "n_products"], do_not_specialize_on_alignment=["stop"])
+def _accumulate_kernel(
+    stop,
+    hi,
+    lo,
+    squares,
+    pairs,
+    weight,
+    w_hi,
+    w_lo,
+    unit,
+    constants,
+    slopes,
+    normalizer,
+    labels,
+    sums,
+    evidence,
+    n,
+    k,
+    slab,
+    ld,
+    n_products,
+    width,
+    KIND: tl.constexpr,
+    D: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,
+    R_SCALE: tl.constexpr,
+):
+    """Sums of a slab for a tile of components, by labels, by known log-normalisers, or by those of the tile itself."""
+    if tl.load(stop) != 0:
+        return
+    dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
+    # One axis, the only one that is long enough; the tiles of a slab run side by side, and share its rows in the cache.
+    n_tiles = tl.cdiv(k, BLOCK_K)
+    part = tl.program_id(0) // n_tiles
+    components = tl.program_id(0) % n_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    real = components < k
+    columns = tl.arange(0, D)
+    counts = tl.zeros([BLOCK_K], dtype)
+    norms = tl.zeros([BLOCK_K], dtype)
+    first_moments = tl.zeros([BLOCK_K, D], dtype)
+    if KIND == "squares" or KIND == "products":
+        second_columns = tl.arange(0, Q)
+        second_moments = tl.zeros([BLOCK_K, Q], dtype)
+    log_likelihood = tl.zeros([BLOCK_N], tl.float64)
+    first = part.to(tl.int64) * slab
+    last = tl.minimum(first + slab, n)
+    for block in range(0, tl.cdiv(last - first, BLOCK_N)):
+        rows = first + block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        valid = rows < last
+        if weight is not None:
+            w = tl.load(weight + rows, mask=valid, other=0)
+        else:
+            w = tl.where(valid, 1.0, 0.0).to(dtype)
+        if labels is not None:
+            label = tl.load(labels + rows, mask=valid, other=-1)
+            r = tl.where(components[:, None] == label[None, :], w[None, :] * R_SCALE, 0.0)
+        else:
+            logits = _logits(
+                hi,
+                lo,
+                squares,
+                pairs,
+                w_hi,
+                w_lo,
+                unit,
+                constants,
+                slopes,
+                components,
+                k,
+                rows,
+                valid,
+                ld,
+                n_products,
+                width,
+                KIND,
+                D,
+                Q,
+                BLOCK_K,
+                BLOCK_D,
+                BLOCK_N,
+                EXACT,
+            )
+            if normalizer is not None:
+                r = tl.exp2(logits - tl.load(normalizer + rows, mask=valid, other=0)[None, :]) * (w * R_SCALE)[None, :]
+            else:
+                largest = tl.max(logits, axis=0)
+                r = tl.exp2(logits - largest[None, :])
+                total = tl.sum(r, axis=0)
+                r *= (w * R_SCALE / total)[None, :]
+                log_likelihood += w * (largest + tl.log2(total))
+        counts += tl.sum(r, axis=1)
+        r_hi, r_lo = _split(r, EXACT)
+        mask = (columns < ld)[:, None] & valid[None, :]
+        x_hi, x_lo = _columns(hi, lo, rows, columns, mask, ld, EXACT)
+        first_moments = _add_product(first_moments, r_hi, r_lo, tl.trans(x_hi), tl.trans(x_lo), EXACT)
+        if KIND == "norm":
+            square = tl.load(squares + rows, mask=valid, other=0)
+            norms += tl.sum(r * square[None, :], axis=1)
+        if KIND == "squares" or KIND == "products":
+            q_hi, q_lo = _second_features(hi, lo, pairs, rows, valid, second_columns, ld, n_products, KIND, EXACT)
+            second_moments = _add_product(second_moments, r_hi, r_lo, tl.trans(q_hi), tl.trans(q_lo), EXACT)
+    out = sums + (part.to(tl.int64) * k + components) * (width + 2)
+    tl.store(out + width, counts, mask=real)
+    tl.store(out + width + 1, norms, mask=real)
+    tl.store(out[:, None] + columns[None, :], first_moments, mask=real[:, None] & (columns < ld)[None, :])
+    if KIND == "squares" or KIND == "products":
+        mask = real[:, None] & (second_columns < width - ld)[None, :]
+        tl.store(out[:, None] + ld + second_columns[None, :], second_moments, mask=mask)
+    if evidence is not None:
+        tl.store(evidence + part, tl.sum(log_likelihood))
+
+
+@triton.jit(do_not_specialize=["n", "k", "n_products"], do_not_specialize_on_alignment=["stop"])
+def _normalize_kernel(
+    stop,
+    hi,
+    lo,
+    squares,
+    pairs,
+    weight,
+    w_hi,
+    w_lo,
+    unit,
+    constants,
+    slopes,
+    normalizer,
+    labels,
+    evidence,
+    n,
+    k,
+    ld,
+    n_products,
+    width,
+    KIND: tl.constexpr,
+    D: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Log-normaliser of a block of rows, in units of log 2, their likeliest components and their log-likelihood."""
+    if tl.load(stop) != 0:
+        return
+    dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = rows < n
+    largest = tl.full([BLOCK_N], -float("inf"), dtype)
+    total = tl.zeros([BLOCK_N], dtype)
+    likeliest = tl.zeros([BLOCK_N], tl.int32)
+    for start in range(0, k, BLOCK_K):
+        components = start + tl.arange(0, BLOCK_K)
+        logits = _logits(
+            hi,
+            lo,
+            squares,
+            pairs,
+            w_hi,
+            w_lo,
+            unit,
+            constants,
+            slopes,
+            components,
+            k,
+            rows,
+            valid,
+            ld,
+            n_products,
+            width,
+            KIND,
+            D,
+            Q,
+            BLOCK_K,
+            BLOCK_D,
+            BLOCK_N,
+            EXACT,
+        )
+        here = tl.max(logits, axis=0)
+        # The first of equals: the least component among those that reach the largest logit.
+        of_tile = tl.min(tl.where(logits == here[None, :], components[:, None], 2147483647), axis=0)
+        likeliest = tl.where(here > largest, of_tile, likeliest)
+        new = tl.maximum(largest, here)
+        total = total * tl.exp2(largest - new) + tl.sum(tl.exp2(logits - new[None, :]), axis=0)
+        largest = new
+    log_total = largest + tl.log2(total)
+    tl.store(normalizer + rows, log_total, mask=valid)
+    tl.store(labels + rows, likeliest, mask=valid)
+    weighted = tl.where(valid, log_total, 0).to(tl.float64)
+    if weight is not None:
+        weighted *= tl.load(weight + rows, mask=valid, other=0)
+    tl.store(evidence + tl.program_id(0), tl.sum(weighted))
+
+
+@triton.jit(do_not_specialize=["n", "k", "n_products"])
+def _responsibilities_kernel(
+    hi,
+    lo,
+    squares,
+    pairs,
+    w_hi,
+    w_lo,
+    unit,
+    constants,
+    slopes,
+    normalizer,
+    out,
+    n,
+    k,
+    ld,
+    n_products,
+    width,
+    KIND: tl.constexpr,
+    D: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """exp(logit - log-normaliser) of a tile: rows x components."""
+    n_tiles = tl.cdiv(k, BLOCK_K)
+    rows = (tl.program_id(0) // n_tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = rows < n
+    components = tl.program_id(0) % n_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    logits = _logits(
+        hi,
+        lo,
+        squares,
+        pairs,
+        w_hi,
+        w_lo,
+        unit,
+        constants,
+        slopes,
+        components,
+        k,
+        rows,
+        valid,
+        ld,
+        n_products,
+        width,
+        KIND,
+        D,
+        Q,
+        BLOCK_K,
+        BLOCK_D,
+        BLOCK_N,
+        EXACT,
+    )
+    r = tl.exp2(logits - tl.load(normalizer + rows, mask=valid, other=0)[None, :])
+    at = rows[None, :] * k + components[:, None]
+    tl.store(out + at, r, mask=(components < k)[:, None] & valid[None, :])
+
+
+def tiles(kernel: str, architecture: int, exact: bool, features: Features, k: int) -> dict[str, int]:
+    """Sizes of tiles, and warps: a function of the kernel, the architecture, the tier and the shape without n.
+
+    The compile gate checks each of its values for registers that spill and for shared memory.
+    """
+    D = padded(features.ld)
+    Q = padded(features.width - features.ld)
+    BLOCK_D = min(D, 64) if features.kind != "products" else 16
+    BLOCK_K = min(padded(k), 16 if exact else 64)
+    sums = D + (Q if features.width > features.ld else 0)
+    if kernel == "accumulate":
+        while BLOCK_K > 16 and BLOCK_K * sums > FUSED_SUMS:
+            BLOCK_K //= 2
+        BLOCK_N = 16 if exact or features.kind == "products" or BLOCK_K * sums >= FUSED_SUMS else 32
+        num_warps = 8 if features.kind == "products" or D > 64 else 4
+    else:
+        BLOCK_N = 32 if exact else 128
+        num_warps = 8 if BLOCK_K == 64 else 4
+    num_stages = 1 if exact and features.kind == "products" else 2
+    return dict(D=D, Q=Q, BLOCK_K=BLOCK_K, BLOCK_D=BLOCK_D, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The kernels of one data set and one kind of features."""
+
+    data: Data
+    features: Features
+    pairs: torch.Tensor | None
+    never: torch.Tensor  # (1,): a stop flag that is not set
+
+    @classmethod
+    def of(cls, data: Data, kind: str) -> "Step":
+        """For these data."""
+        features = Features(kind, data.shape[1])
+        device = data.hi.device
+        pairs = features.pairs(device) if features.n_products else None
+        return cls(data, features, pairs, torch.zeros(1, dtype=torch.int32, device=device))
+
+    def fused(self, k: int) -> bool:
+        """Whether one program holds all components: a single read of the data, and a single exponential."""
+        return self._tiles("accumulate", k)["BLOCK_K"] >= k
+
+    def expect(self, operands: Operands, stop: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Statistics (k, width + 2), float64, and parts of the log-likelihood, in units of log 2.
+
+        Columns of the statistics: x', second features, the count, |x - shift|^2. Nothing runs where `stop` is set.
+        """
+        k = operands.hi.shape[0]
+        if self.fused(k):
+            evidence = torch.empty(self._slabs(k)[1], dtype=torch.float64, device=self.data.hi.device)
+            return self._accumulate(operands, k, None, None, evidence, stop), evidence
+        normalizer, _, evidence = self.normalize(operands, stop)
+        return self._accumulate(operands, k, normalizer, None, None, stop), evidence
+
+    def assign(self, labels: torch.Tensor, k: int) -> torch.Tensor:
+        """Statistics (k, width + 2), float64, with each row in the component of its label (n,), int32."""
+        return self._accumulate(None, k, None, labels, None, None)
+
+    def normalize(
+        self, operands: Operands, stop: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-evidence of each row (n,) in units of log 2, its likeliest component, parts of the log-likelihood."""
+        data, (n, _) = self.data, self.data.shape
+        k = operands.hi.shape[0]
+        tile = self._tiles("normalize", k)
+        n_blocks = -(-n // tile["BLOCK_N"])
+        normalizer = torch.empty(n, dtype=data.dtype, device=data.hi.device)
+        labels = torch.empty(n, dtype=torch.int32, device=data.hi.device)
+        evidence = torch.empty(n_blocks, dtype=torch.float64, device=data.hi.device)
+        launch(
+            _normalize_kernel,
+            (n_blocks,),
+            *(self._stop(stop), *self._inputs(), data.weight, *self._factors(operands)),
+            *(normalizer, labels, evidence, n, k, *self._sizes()),
+            KIND=self.features.kind,
+            EXACT=data.exact,
+            **tile,
+        )
+        return normalizer, labels, evidence
+
+    def responsibilities(self, operands: Operands) -> torch.Tensor:
+        """Posterior probability of each component given the row: (n, k)."""
+        data, (n, _) = self.data, self.data.shape
+        k = operands.hi.shape[0]
+        tile = self._tiles("normalize", k)
+        normalizer, _, _ = self.normalize(operands)
+        out = torch.empty((n, k), dtype=data.dtype, device=data.hi.device)
+        launch(
+            _responsibilities_kernel,
+            (-(-k // tile["BLOCK_K"]) * -(-n // tile["BLOCK_N"]),),
+            *(*self._inputs(), *self._factors(operands), normalizer, out, n, k, *self._sizes()),
+            KIND=self.features.kind,
+            EXACT=data.exact,
+            **tile,
+        )
+        return out
+
+    def _accumulate(
+        self,
+        operands: Operands | None,
+        k: int,
+        normalizer: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        evidence: torch.Tensor | None,
+        stop: torch.Tensor | None,
+    ) -> torch.Tensor:
+        data, (n, _) = self.data, self.data.shape
+        tile = self._tiles("accumulate", k)
+        n_tiles = -(-k // tile["BLOCK_K"])
+        slab, n_slabs = self._slabs(k)
+        sums = torch.empty((n_slabs, k, self.features.width + 2), dtype=data.dtype, device=data.hi.device)
+        launch(
+            _accumulate_kernel,
+            (n_tiles * n_slabs,),
+            *(self._stop(stop), *self._inputs(), data.weight),
+            *self._factors(operands),
+            *(normalizer, labels, sums, evidence, n, k, slab, *self._sizes()),
+            KIND=self.features.kind,
+            EXACT=data.exact,
+            R_SCALE=1.0 if data.exact else R_SCALE,
+            **tile,
+        )
+        return add_up(sums, self._stop(stop))
+
+    def _slabs(self, k: int) -> tuple[int, int]:
+        """Rows of a slab, and number of slabs."""
+        n = self.data.shape[0]
+        slab = slab_rows(n, self._tiles("accumulate", k)["BLOCK_N"])
+        return slab, -(-n // slab)
+
+    def _stop(self, stop: torch.Tensor | None) -> torch.Tensor:
+        return self.never if stop is None else stop
+
+    def _tiles(self, kernel: str, k: int) -> dict[str, int]:
+        return tiles(kernel, architecture(self.data.hi), self.data.exact, self.features, k)
+
+    def _inputs(self) -> tuple[torch.Tensor | None, ...]:
+        return self.data.hi, self.data.lo, self.data.squares, self.pairs
+
+    @staticmethod
+    def _factors(operands: Operands | None) -> tuple[torch.Tensor | None, ...]:
+        if operands is None:
+            return (None,) * 5
+        return operands.hi, operands.lo, operands.unit, operands.constants, operands.slopes
+
+    def _sizes(self) -> tuple[int, ...]:
+        return self.features.ld, self.features.n_products, self.features.width

@@ -1,0 +1,149 @@
+"""One variance for each component and feature: phi = (x', x'^2)."""
+
+import torch
+import triton
+import triton.language as tl
+
+from gaussmix_kernels._features import Features
+from gaussmix_kernels._launch import launch, padded
+from gaussmix_kernels._parameters import (
+    FLOOR,
+    REGULARIZATION,
+    Natural,
+    Parameters,
+    Settings,
+    constant,
+    constants,
+    sum_of_counts,
+)
+from gaussmix_kernels._prepass import Data
+
+
+def kinds(d: int) -> tuple[str, ...]:
+    """The kinds of features to take, the fastest first."""
+    return ("squares",)
+
+
+def shape(k: int, d: int) -> tuple[int, ...]:
+    """Shape of the stored covariances."""
+    return (k, d)
+
+
+def room(k: int, data: Data, kind: str) -> Natural:
+    """Room for natural parameters."""
+    features = Features(kind, data.shape[1])
+    return Natural.zeros(k, features.width, features.ld, data.hi.device)
+
+
+def fill(natural: Natural, parameters: Parameters, data: Data) -> None:
+    """Natural parameters in the features of `data`, where EM starts and for inference."""
+    d, ld = parameters.means.shape[1], data.hi.shape[1]
+    precisions = parameters.precision_cholesky**2
+    linear = precisions * parameters.means
+    natural.products[:, :d] = linear / data.scale
+    natural.products[:, ld : ld + d] = -0.5 * precisions / data.scale**2
+    log_det = parameters.precision_cholesky.log().sum(dim=1)
+    natural.constants.copy_(constants(parameters.weights, log_det, (linear * parameters.means).sum(dim=1), d))
+
+
+def shared_log_density(parameters: Parameters, data: Data) -> float:
+    """What all components share of the log-density of each row: (n,), or a number."""
+    return 0.0
+
+
+def moments(statistics: torch.Tensor, data: Data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Counts, first and second moments, in the units of the data and of its weights."""
+    d, ld = data.shape[1], data.hi.shape[1]
+    statistics = statistics * data.unit
+    second_moments = statistics[:, ld : ld + d] / data.scale**2
+    return statistics[:, 2 * ld], statistics[:, :d] / data.scale, second_moments
+
+
+@triton.jit(do_not_specialize=["k", "d"], do_not_specialize_on_alignment=["stop"])
+def _maximize_kernel(
+    stop,
+    statistics,
+    settings,
+    scale,
+    old_means,
+    weights,
+    means,
+    covariances,
+    factors,
+    products,
+    out_constants,
+    kappa,
+    ratio,
+    singular,
+    k,
+    d,
+    ld,
+    D: tl.constexpr,
+):
+    """The M-step of a component, and its natural parameters."""
+    if tl.load(stop) != 0:
+        return
+    component = tl.program_id(0).to(tl.int64)
+    width = 2 * ld
+    columns = tl.arange(0, D)
+    real = columns < d
+    s = tl.load(scale + columns, mask=real, other=1)
+    total = sum_of_counts(statistics + width, width + 2, k, 128)
+    own = statistics + component * (width + 2)
+    count = tl.load(own + width)
+    divisor = tl.where(count > 0, count, 1.0)
+    mean = tl.load(own + columns, mask=real, other=0) / (divisor * s)
+    variance = tl.load(own + ld + columns, mask=real, other=0) / (divisor * s * s) - mean * mean
+    if count <= 0:
+        # Without rows it says nothing about its own spread: it gets the pooled one, and keeps its place.
+        pooled = tl.zeros([D], tl.float64)
+        row = statistics
+        for _ in range(0, k):
+            n_other = tl.load(row + width)
+            first = tl.load(row + columns, mask=real, other=0) / s
+            pooled += tl.load(row + ld + columns, mask=real, other=0) / (s * s)
+            pooled -= first * first / tl.where(n_other > 0, n_other, 1.0)
+            row += width + 2
+        variance = pooled / total
+        mean = tl.load(old_means + component * d + columns, mask=real, other=0)
+    variance += tl.load(settings + REGULARIZATION)
+    positive = variance > 0
+    tl.store(singular + component, tl.max(tl.where(real & (positive == 0), 1, 0)))
+    variance = tl.where(real & positive, variance, 1.0)
+    precision = 1 / variance
+    factor = tl.sqrt(precision)
+    weight = count / total
+    linear = precision * mean
+
+    tl.store(weights + component, weight)
+    tl.store(means + component * d + columns, mean, mask=real)
+    tl.store(covariances + component * d + columns, variance, mask=real)
+    tl.store(factors + component * d + columns, factor, mask=real)
+    tl.store(products + component * width + columns, linear / s, mask=real)
+    tl.store(products + component * width + ld + columns, -0.5 * precision / (s * s), mask=real)
+    log_det = tl.sum(tl.where(real, tl.log(factor), 0.0))
+    square = tl.sum(tl.where(real, linear * mean, 0.0))
+    tl.store(out_constants + component, constant(weight, log_det, d) - 0.5 * square)
+    offset = mean * mean + tl.load(settings + FLOOR) / (s * s)
+    tl.store(kappa + component, tl.sum(tl.where(real, 1 + precision * offset, 0.0)))
+    tl.store(ratio + component, tl.max(tl.where(real, 1 + precision * offset, 0.0)))
+
+
+def maximize(
+    statistics: torch.Tensor,
+    old: Parameters,
+    new: Parameters,
+    natural: Natural,
+    data: Data,
+    settings: Settings,
+    stop: torch.Tensor,
+) -> None:
+    """Fills in `new` and `natural` with the M-step's for these statistics."""
+    k, d = old.means.shape
+    launch(
+        _maximize_kernel,
+        (k,),
+        *(stop, statistics, settings.tensor, data.scale, old.means, *vars(new).values()),
+        *(natural.products, natural.constants, natural.kappa, natural.ratio, natural.singular, k, d, data.hi.shape[1]),
+        D=padded(d),
+    )

@@ -1,0 +1,97 @@
+"""The parts of benchmarks/gpu.py that need no GPU: what it refuses, its tables, and its plain EM."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gaussmix import _array_api
+from gaussmix._covariance import COVARIANCES
+from gaussmix._data import Rows
+from gaussmix._parameters import Parameters
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import gpu
+
+    return gpu
+
+
+def run(*arguments, **environment):
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    path = os.pathsep.join(sys.path)
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        env=variables | {"PYTHONPATH": path},
+        check=False,
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_without_a_gpu_it_says_so_in_one_line():
+    done = run()
+    assert done.returncode == 2
+    assert done.stderr == "gpu.py: no CUDA device is here; --dry-run tries the script out without one\n"
+
+
+def test_a_dry_run_needs_the_interpreter():
+    done = run("--dry-run")
+    assert (done.returncode, done.stderr) == (2, "gpu.py: --dry-run needs TRITON_INTERPRET=1\n")
+
+
+@pytest.mark.parametrize("covariance_type", sorted(COVARIANCES))
+def test_the_plain_em_is_em(gpu, covariance_type, monkeypatch):
+    monkeypatch.setattr(gpu, "PLAIN_ELEMENTS", 4000)  # more than one block of rows
+    blobs = gpu.Blobs.of((600, 5, 3), "cpu", torch.float64, spread=1.0)
+    start = blobs.start(covariance_type)
+    step = {"full": gpu.plain_full, "tied": gpu.plain_tied}.get(covariance_type, gpu.plain_diagonal)
+    *found, bound = step(blobs.x, start.weights, start.means, start.covariances)
+    engine = _array_api.Engine(Rows(blobs.x), COVARIANCES[covariance_type], gpu.REGULARIZATION)
+    progress = engine.advance(Parameters(*vars(start).values()), at_most=1, previous=0.0, tolerance=0.0)
+    for name, value in zip(("weights", "means", "covariances"), found, strict=True):
+        torch.testing.assert_close(value, getattr(progress.parameters, name), rtol=1e-9, atol=1e-9)
+    # Constants are left out of its log-densities.
+    assert float(bound) - 2.5 * torch.log(torch.tensor(2 * torch.pi)) == pytest.approx(progress.lower_bounds[0])
+
+
+def test_the_tables(gpu):
+    snapshot = {
+        "machine": dict(
+            device="A",
+            driver="1",
+            cuda="13.0",
+            python="3.12",
+            versions={"torch": "2"},
+            date="",
+            commit="",
+            changed=False,
+        ),
+        "correctness": [{}],
+        "iterations": [dict(shape=[9, 8, 7], type="full", ms=2.0, target_ms=6.0, predicted_ms=1.0, share=0.5)],
+        "kernels": [dict(kernel="measure", shape=[9, 8], ms=0.1234, gflop=0, mb=2000.4)],
+        "peers": [
+            {"shape": [9, 8, 7], "type": "full", "gaussmix": 2.0, "torch, float32": 8.0},
+            {"shape": [9, 8, 7], "type": "diag", "gaussmix": 1.0},
+        ],
+        "skipped": [dict(what="a peer", why="estimated at 30 s")],
+    }
+    printed = gpu.tables(snapshot)
+    assert "| [9, 8, 7] | full | 2 | 6 | 1 |  | 50% |  |  |" in printed
+    assert "| measure | [9, 8] | 0.123 | 0 | 2000 |  |  |" in printed
+    assert "| [9, 8, 7] | full | 2 | 8 |\n| [9, 8, 7] | diag | 1 |  |" in printed
+    assert "- a peer: estimated at 30 s" in printed
+
+
+def test_targets_and_the_estimate_name_the_same_types(gpu):
+    assert all(set(targets) == set(COVARIANCES) == set(gpu.TYPES) for targets in gpu.TARGETS.values())
