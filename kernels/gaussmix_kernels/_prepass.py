@@ -178,7 +178,8 @@ def prepare(
     shift = first + mean if shift is None else shift
     middle = shift - first
     largest = torch.maximum(parts[3].amax(dim=0) - middle, middle - parts[2].amin(dim=0))
-    if not bool(torch.isfinite(largest * largest).all()):
+    # Least and largest values pass over NaN; sums do not.
+    if not bool(torch.isfinite(largest * largest + mean).all()):
         raise ValueError("the data contains NaN, infinity or values whose squares are beyond float64; remove them")
     scale = torch.where(largest > 0, 2 ** torch.floor(torch.log2(MOST_SCALED / largest)), 1.0)
     variance = mean_square - mean * mean
