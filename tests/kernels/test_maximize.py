@@ -18,8 +18,8 @@ from gaussmix_kernels import EM
 from gaussmix_kernels._parameters import Natural, decide, fill_operands
 from kernels.common import KINDS, local, mixture, origin_of, prepare, rows, tensor
 
-# (type, kind, rows, features, components, whether one is empty, whether the tier is the exact one). The M-step itself is
-# in float64 in both tiers; 70 features are more than its kernels' registers hold.
+# (type, kind, rows, features, components, whether one is empty, whether the tier is the exact one). The M-step is in
+# float64 in both tiers; 70 features are more than registers hold.
 CASES = [(*kind, 60, 5, 3, False, False) for kind in KINDS]
 CASES += [(*kind, 40, 1, 1, False, True) for kind in KINDS]
 CASES += [(*kind, 40, 2, 3, True, exact) for kind in KINDS for exact in (False, True)]
