@@ -320,7 +320,7 @@ REASONS = {
 
 
 class Clusters(_Rows):
-    """k-means on one data set."""
+    """k-means on one data set, in float64 as on the CPU: centroids may lie close together in wide data."""
 
     @_on_stream
     def labels(self, centroids: Array) -> Array:
@@ -335,16 +335,12 @@ class Clusters(_Rows):
     @_on_stream
     def sums(self, centroids: Array, origin: Array) -> tuple[Array, Array]:
         """Weight of the rows that are nearest to each centroid (k,), and the sums of their x - origin (k, d)."""
-        data = self._prepared(self._exact)
+        data = self._prepared(exact=True)
         counts, sums = kernels.sums(data, self._nearest(centroids), centroids.shape[0])
         return self._back(counts), self._back(sums + counts[:, None] * (data.shift - self._there(origin)))
 
-    @property
-    def _exact(self) -> bool:
-        return self._dtype == np.float64
-
     def _nearest(self, centroids: Array) -> torch.Tensor:
-        data = self._prepared(self._exact)
+        data = self._prepared(exact=True)
         return kernels.nearest(data, self._there(centroids) - data.shift)
 
 
