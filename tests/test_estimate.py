@@ -241,6 +241,7 @@ def test_it_knows_the_kernels_sizes():
     for name in ("PROGRAMS", "MOST_SLAB_ROWS", "FUSED_SUMS", "CHUNK_BYTES"):
         assert getattr(_estimate, name) == getattr(_launch, name)
     assert _estimate.MOST_CHUNK_ROWS == _centred.MOST_CHUNK_ROWS
+    assert _estimate.LEAST_CHUNK_SLABS == _centred.LEAST_CHUNK_SLABS
     assert _estimate.MOST_FEATURES == _parameters.MOST_FEATURES
     assert _estimate.SCATTER_ROWS == _prepass.SCATTER_ROWS
     assert _estimate.MOST_PRODUCT_FEATURES == full.MOST_PRODUCT_FEATURES

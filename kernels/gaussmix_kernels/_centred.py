@@ -23,6 +23,9 @@ from gaussmix_kernels._prepass import Data
 from gaussmix_kernels._sums import add_up
 
 MOST_CHUNK_ROWS = 2**20
+# The totals of all components are read and written once a chunk: with many components that costs more than logits that
+# leave the cache.
+LEAST_CHUNK_SLABS = 4
 NORMALIZED_ROWS = 128
 
 
@@ -254,7 +257,7 @@ class Step:
         """First row and number of rows of each chunk."""
         n = self.data.shape[0]
         size = CHUNK_BYTES // (k * self.data.dtype.itemsize)
-        size = min(max(size // MOST_SLAB_ROWS, 1) * MOST_SLAB_ROWS, MOST_CHUNK_ROWS)
+        size = min(max(size // MOST_SLAB_ROWS, LEAST_CHUNK_SLABS) * MOST_SLAB_ROWS, MOST_CHUNK_ROWS)
         for start in range(0, n, size):
             yield start, min(size, n - start)
 

@@ -202,6 +202,8 @@ def _natural_kernel(
     s = tl.load(scale + columns, mask=real, other=1)
     mean = tl.load(means + component * d + columns, mask=real, other=0)
     variance = tl.load(covariances + component * d * d + columns * (d + 1), mask=real, other=1)
+    # What is not positive is flagged as singular already.
+    variance = tl.where(variance > 0, variance, 1.0)
     offset = tl.where(real, mean * mean + tl.load(settings + FLOOR) / (s * s), 0.0)
     root = tl.where(real, tl.sqrt(variance + offset), 0.0)
     bound, linear, _ = whitened_sums(factor, mean, root, d, D, BLOCK)

@@ -130,6 +130,8 @@ def _means_kernel(
     mean = tl.where(count > 0, mean, tl.load(old_means + component * d + columns, mask=real, other=0))
     weight = count / sum_of_counts(statistics + ld, ld + 2, k, 128)
     variance = tl.load(covariance + columns * (d + 1), mask=real, other=1)
+    # What is not positive is flagged as singular already.
+    variance = tl.where(variance > 0, variance, 1.0)
     offset = tl.where(real, mean * mean + tl.load(settings + FLOOR) / (s * s), 0.0)
     bound, linear, trace = whitened_sums(factor, mean, tl.where(real, tl.sqrt(variance + offset), 0.0), d, D, 16)
     square = tl.sum(linear * mean)

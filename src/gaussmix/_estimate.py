@@ -37,6 +37,7 @@ LAUNCH = 12e-6
 
 # As gaussmix_kernels has them.
 PROGRAMS, MOST_SLAB_ROWS, FUSED_SUMS, CHUNK_BYTES, MOST_CHUNK_ROWS = 528, 4096, 8192, 24 * 2**20, 2**20
+LEAST_CHUNK_SLABS = 4
 MOST_PRODUCT_FEATURES, MOST_FEATURES, SCATTER_ROWS = 16, 64, 2**18
 # Matrices of more than MOST_FEATURES are factored by torch's functions: about as many launches and temporary matrices.
 LARGE_LAUNCHES, LARGE_MATRICES = 18, 4
@@ -189,7 +190,7 @@ def _centred(n: int, d: int, k: int, exact: bool) -> _Work:
     blocks = tile // block
     one = n * k * tile * block * (blocks + 1)  # 2 n k tile^2, of which (blocks + 1) / (2 blocks)
     chunk = CHUNK_BYTES // (k * item) // MOST_SLAB_ROWS * MOST_SLAB_ROWS
-    chunk = min(max(chunk, MOST_SLAB_ROWS), MOST_CHUNK_ROWS, n)
+    chunk = min(max(chunk, LEAST_CHUNK_SLABS * MOST_SLAB_ROWS), MOST_CHUNK_ROWS, n)
     chunks = ceil(n / chunk)
     slab = _slab_rows(chunk, max(1, PROGRAMS // k))
     columns = ld * ld + ld + 1

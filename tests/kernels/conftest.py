@@ -52,6 +52,7 @@ def short_slabs(monkeypatch):
         monkeypatch.setattr(module, "slab_rows", lambda n, block, programs=0: block)
     monkeypatch.setattr(_centred, "CHUNK_BYTES", 1)
     monkeypatch.setattr(_centred, "MOST_SLAB_ROWS", 32)
+    monkeypatch.setattr(_centred, "LEAST_CHUNK_SLABS", 1)
 
 
 @pytest.fixture
