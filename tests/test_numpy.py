@@ -332,4 +332,4 @@ def test_dispatch_says_why(monkeypatch):
     with pytest.raises(ValueError, match="GAUSSMIX_BACKEND=numpy can not run: .* is neither a NumPy array nor"):
         PyCaveMixture(1).fit(strict.asarray([[0.0], [1.0]]))
     monkeypatch.setenv("GAUSSMIX_BACKEND", "auto")
-    assert "neither a NumPy array" in choose(strict.asarray([[0.0]]))[1]
+    assert "neither a torch tensor nor a CuPy array" in choose(strict.asarray([[0.0]]))[1]
