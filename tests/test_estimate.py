@@ -247,13 +247,13 @@ def test_it_knows_the_kernels_sizes():
     assert _estimate.MOST_PRODUCT_FEATURES == full.MOST_PRODUCT_FEATURES
     for exact in (False, True):
         for d in (1, 16, 17, 100, 256):
-            tile = _centred.tiles("logits", 90, exact, d)
+            tile = _centred.tiles(exact, d)
             blocks = tile["D"] // tile["BLOCK_D"]
             flops = 2 * 1000 * 3 * tile["D"] ** 2 * (blocks + 1) // (2 * blocks)
             assert _estimate._centred(1000, d, 3, exact).flops == 2 * flops
             for kind in ("none", "norm", "squares", *(["products"] if d <= 16 else [])):
                 for k in (1, 3, 16, 17, 64, 1000):
-                    tile = _features.tiles("accumulate", 90, exact, _features.Features(kind, d), k)
+                    tile = _features.tiles("accumulate", exact, _features.Features(kind, d), k)
                     columns = tile["D"] + (tile["Q"] if kind in ("squares", "products") else 0)
                     products = 2 if tile["BLOCK_K"] >= k else 3
                     components = -(-k // tile["BLOCK_K"]) * tile["BLOCK_K"]

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from gaussmix_kernels._features import Operands, _add_product, _joined, _split
-from gaussmix_kernels._launch import CHUNK_BYTES, MOST_SLAB_ROWS, PROGRAMS, architecture, launch, padded, slab_rows
+from gaussmix_kernels._launch import CHUNK_BYTES, MOST_SLAB_ROWS, PROGRAMS, launch, padded, slab_rows
 from gaussmix_kernels._prepass import Data
 from gaussmix_kernels._sums import add_up
 
@@ -192,8 +192,8 @@ def _scatter_kernel(
         tl.store(out + right_columns[:, None] * ld + left_columns[None, :], tl.trans(scatter), mask=tl.trans(inside))
 
 
-def tiles(kernel: str, architecture: int, exact: bool, d: int) -> dict[str, int]:
-    """Sizes of tiles, and warps: a function of the kernel, the architecture, the tier and the shape without n."""
+def tiles(exact: bool, d: int) -> dict[str, int]:
+    """Sizes of tiles, and warps: a function of the tier and of d. They compile on every architecture of the gate."""
     D = padded(d)
     if exact:
         return dict(D=D, BLOCK_D=min(D, 32), BLOCK_N=32, num_warps=4)
@@ -263,7 +263,7 @@ class Step:
 
     def _logits(self, operands: Operands, start: int, rows: int, stop: torch.Tensor) -> torch.Tensor:
         data, k, ld = self.data, operands.hi.shape[0], self.data.hi.shape[1]
-        tile = self._tiles("logits")
+        tile = self._tiles()
         logits = torch.empty((k, rows), dtype=data.dtype, device=data.hi.device)
         launch(
             _logits_kernel,
@@ -307,7 +307,7 @@ class Step:
         total: torch.Tensor | None,
     ) -> torch.Tensor:
         data, (k, ld) = self.data, centres.shape
-        tile = self._tiles("scatter")
+        tile = self._tiles()
         slab = slab_rows(rows, tile["BLOCK_N"], max(1, PROGRAMS // k))
         n_slabs = -(-rows // slab)
         sums = torch.empty((n_slabs, k, ld * ld + ld + 1), dtype=data.dtype, device=data.hi.device)
@@ -325,5 +325,5 @@ class Step:
         n, device = self.data.shape[0], self.data.hi.device
         return torch.empty(n, dtype=self.data.dtype, device=device), torch.empty(n, dtype=torch.int32, device=device)
 
-    def _tiles(self, kernel: str) -> dict[str, int]:
-        return tiles(kernel, architecture(self.data.hi), self.data.exact, self.data.shape[1])
+    def _tiles(self) -> dict[str, int]:
+        return tiles(self.data.exact, self.data.shape[1])

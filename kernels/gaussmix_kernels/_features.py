@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gaussmix_kernels._launch import FUSED_SUMS, architecture, launch, multiple, padded, slab_rows
+from gaussmix_kernels._launch import FUSED_SUMS, launch, multiple, padded, slab_rows
 from gaussmix_kernels._prepass import R_SCALE, Data
 from gaussmix_kernels._sums import add_up
 
@@ -437,10 +437,10 @@ def _responsibilities_kernel(
     tl.store(out + at, r, mask=(components < k)[:, None] & valid[None, :])
 
 
-def tiles(kernel: str, architecture: int, exact: bool, features: Features, k: int) -> dict[str, int]:
-    """Sizes of tiles, and warps: a function of the kernel, the architecture, the tier and the shape without n.
+def tiles(kernel: str, exact: bool, features: Features, k: int) -> dict[str, int]:
+    """Sizes of tiles, and warps: a function of the kernel, the tier and the shape without n.
 
-    The compile gate checks each of its values for registers that spill and for shared memory.
+    The compile gate checks each of its values, on every architecture, for registers that spill and for shared memory.
     """
     D = padded(features.ld)
     Q = padded(features.width - features.ld)
@@ -572,7 +572,7 @@ class Step:
         return self.never if stop is None else stop
 
     def _tiles(self, kernel: str, k: int) -> dict[str, int]:
-        return tiles(kernel, architecture(self.data.hi), self.data.exact, self.features, k)
+        return tiles(kernel, self.data.exact, self.features, k)
 
     def _inputs(self) -> tuple[torch.Tensor | None, ...]:
         return self.data.hi, self.data.lo, self.data.squares, self.pairs

@@ -1,9 +1,8 @@
-"""Where kernels run: the launch itself, the architecture it is for, and the sizes of tiles."""
+"""Where kernels run: the launch itself, and the sizes that follow from a shape."""
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,25 +19,20 @@ CHUNK_BYTES = 24 * 2**20
 FUSED_SUMS = 8192
 
 
-@dataclass
-class _Gate:
-    """While the compile gate is at work: the architecture that launches compile for, and what sees the results."""
-
-    architecture: int | None = None
-    seen: Callable[[Any, dict[str, Any], Any], None] = lambda kernel, meta, compiled: None
-
-
-_gate = _Gate()
+# What the compile gate shows compiled kernels to; None while kernels run.
+Seen = Callable[[Any, dict[str, Any], Any], None]
+_seen: Seen | None = None
 
 
 @contextmanager
-def compiling_for(architecture: int, seen: Callable[[Any, dict[str, Any], Any], None]) -> Iterator[None]:
-    """Within it, launches compile for this architecture (80 is sm_80) and run nothing; `seen` gets the results."""
-    _gate.architecture, _gate.seen = architecture, seen
+def compiling(seen: Seen) -> Iterator[None]:
+    """Within it, launches compile and run nothing; `seen` gets each kernel, its settings, and what it compiled to."""
+    global _seen
+    _seen = seen
     try:
         yield
     finally:
-        _gate.architecture = None
+        _seen = None
 
 
 def launch(
@@ -46,8 +40,8 @@ def launch(
 ) -> None:
     """Run a kernel on the device of its first tensor."""
     options = {} if INTERPRETED else dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
-    if _gate.architecture is not None:
-        _gate.seen(kernel, options | meta, kernel.warmup(*args, grid=grid, **options, **meta))
+    if _seen is not None:
+        _seen(kernel, options | meta, kernel.warmup(*args, grid=grid, **options, **meta))
         return
     tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
     if tensor.device.type != "cuda":
@@ -55,16 +49,6 @@ def launch(
         return
     with torch.cuda.device(tensor.device):
         kernel[grid](*args, **options, **meta)
-
-
-def architecture(tensor: torch.Tensor) -> int:
-    """Compute capability of the tensor's device as a number; that of an H100 for the interpreter."""
-    if _gate.architecture is not None:
-        return _gate.architecture
-    if tensor.device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
 
 
 def padded(size: int, least: int = 16) -> int:

@@ -174,7 +174,7 @@ def compile_cases(architecture: int, some: list[Case]) -> list[Report]:
             kept.append(compiled)
             reports[id(compiled)] = check(kernel.__name__, architecture, meta, compiled)
 
-    with _launch.compiling_for(architecture, seen):
+    with _launch.compiling(seen):
         for case in some:
             launch_all(case)
     return list(reports.values())
