@@ -304,7 +304,7 @@ def step_errors(blobs: Blobs, data: kernels.Data, covariance_type: str, kind: st
     em = kernels.EM(data, covariance_type, kind)
     start = blobs.start(covariance_type, data.shift)
     settings = kernels.Settings.of(data, regularization=REGULARIZATION)
-    progress = em.advance(start, at_most=1, previous=0.0, tolerance=0.0, settings=settings)
+    progress = em.advance(start, at_most=1, previous=0.0, settings=settings)
 
     engine = _array_api.Engine(Rows(blobs.x.double().cpu()), COVARIANCES[covariance_type], REGULARIZATION)
     begun = Parameters(*(value.cpu() for value in vars(blobs.start(covariance_type)).values()))
@@ -418,7 +418,7 @@ def single_kernels(bench: Bench, blobs: Blobs, data: kernels.Data, covariance_ty
         statistics_ = chunk_kernels(bench, em.step, operands, label, blobs.shape)
     if covariance_type not in ("full", "tied"):
         return
-    new, stop = parameters.empty_like(), em._running
+    new, stop = parameters.empty_like(), em.step.never
     matrices = k if covariance_type == "full" else 1
     stacked = parameters.covariances.reshape(matrices, d, d)
     factors = torch.empty_like(stacked)
@@ -497,7 +497,7 @@ def ours(blobs: Blobs, covariance_type: str) -> Callable[[int], Any]:
     settings = kernels.Settings.of(data, regularization=REGULARIZATION)
 
     def run(n: int) -> None:
-        progress = em.advance(start, at_most=n, previous=0.0, tolerance=0.0, settings=settings)
+        progress = em.advance(start, at_most=n, previous=0.0, settings=settings)
         if len(progress.bounds) != n:
             raise RuntimeError(f"EM stopped after {len(progress.bounds)} of {n} iterations, reason {progress.reason}")
 

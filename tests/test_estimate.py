@@ -191,7 +191,7 @@ def launched(monkeypatch):
         em = EM(data, covariance_type, _estimate._kind(covariance_type, d))
         shape = em.type.shape(k, d)
         parameters = _parameters.Parameters(room(k), room(k, d), room(*shape), room(*shape))
-        natural = em.type.room(k, data, em.kind)
+        natural = _parameters.Natural.of(k, data, em.kind)
         operands = _parameters.room_for_operands(natural, data)
         flags = room(2, dtype=torch.int32)
         settings = _parameters.Settings(room(7))

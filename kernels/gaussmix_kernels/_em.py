@@ -1,4 +1,4 @@
-"""EM, inference and k-means on one data set: which kernels run, in which order."""
+"""EM and inference on one data set: which kernels run, in which order."""
 
 import math
 from dataclasses import dataclass
@@ -42,18 +42,14 @@ class EM:
     def __init__(self, data: Data, covariance_type: str, kind: str) -> None:
         self.data, self.kind = data, kind
         self.type = TYPES[covariance_type]
-        device = data.hi.device
         self.step: _centred.Step | _features.Step
         self.step = _centred.Step.of(data) if kind == "centred" else _features.Step.of(data, kind)
         # Logits are in units of log 2; those of centred rows are squares, of which half counts.
         gain = math.sqrt(0.5 / LOG_2) if kind == "centred" else 1 / LOG_2
-        self._gain = torch.tensor([gain], dtype=torch.float64, device=device)
-        self._running = torch.zeros(1, dtype=torch.int32, device=device)
+        self._gain = torch.tensor([gain], dtype=torch.float64, device=data.hi.device)
 
-    def advance(
-        self, start: Parameters, *, at_most: int, previous: float, tolerance: float, settings: Settings
-    ) -> Progress:
-        """Up to `at_most` iterations, looked at from the host every few of them."""
+    def advance(self, start: Parameters, *, at_most: int, previous: float, settings: Settings) -> Progress:
+        """Up to `at_most` iterations, looked at from the host every few of them; `settings` say what ends them."""
         buffers = [Parameters(*(value.clone() for value in vars(start).values())), start.empty_like()]
         natural, operands = self._start(start)
         bounds: list[float] = []
@@ -67,7 +63,8 @@ class EM:
                 self._iterate(old, new, natural, operands, settings, stop, found, i)
             codes, values = torch.stack([stop.to(torch.float64), found]).tolist()
             reason = int(codes[-1])
-            n = sum(code in (RUNNING, CONVERGED) for code in codes[1:]) if reason != CONVERGED else codes.index(1)
+            # What stops an iteration stands in all later places; the one that converges counts.
+            n = codes[1:].count(RUNNING) + (reason == CONVERGED)
             bounds.extend(values[1 : 1 + n])
             previous = bounds[-1] if bounds else previous
             if n % 2:
@@ -107,7 +104,7 @@ class EM:
         k, d = means.shape
         if isinstance(self.step, _features.Step):
             return self.step.assign(labels, k)
-        natural = self.type.room(k, self.data, self.kind)
+        natural = Natural.of(k, self.data, self.kind)
         natural.centres[:, :d] = means * self.data.scale
         return self.step.assign(labels, natural.centres)
 
@@ -131,11 +128,8 @@ class EM:
         return self.step.responsibilities(self._start(parameters)[1])
 
     def _start(self, parameters: Parameters) -> tuple[Natural, Operands]:
-        natural = self.type.room(parameters.means.shape[0], self.data, self.kind)
+        natural = Natural.of(parameters.means.shape[0], self.data, self.kind)
         self.type.fill(natural, parameters, self.data)
-        return natural, self._operands(natural)
-
-    def _operands(self, natural: Natural) -> Operands:
         operands = room_for_operands(natural, self.data)
-        fill_operands(operands, natural, self._gain, self.data.exact, self._running)
-        return operands
+        fill_operands(operands, natural, self._gain, self.data.exact, self.step.never)
+        return natural, operands

@@ -28,7 +28,7 @@ from gaussmix_kernels._sums import add_up
 
 @dataclass(frozen=True)
 class Operands:
-    """What the kernels multiply features with: `_finish` makes it from parameters."""
+    """What the kernels multiply features with: `fill_operands` makes it from parameters."""
 
     hi: torch.Tensor  # (k, width), float16 or float64
     lo: torch.Tensor  # (k, width)
@@ -40,9 +40,9 @@ class Operands:
 
 @dataclass(frozen=True)
 class Features:
-    """Which features phi has beside x', for d features of the data."""
+    """Which features phi has beside x', for d features of the data; or that rows are centred, which need a matrix."""
 
-    kind: str  # "none", "norm", "squares", "products"
+    kind: str  # "none", "norm", "squares", "products"; "centred"
     d: int
 
     @property
@@ -57,7 +57,9 @@ class Features:
 
     @property
     def width(self) -> int:
-        """Stored features of phi that are multiplied with `Operands.hi`."""
+        """Stored natural parameters of a component that are multiplied with phi, or with centred rows."""
+        if self.kind == "centred":
+            return self.ld * self.ld
         return self.ld + {"squares": self.ld, "products": multiple(self.n_products, 16)}.get(self.kind, 0)
 
     def pairs(self, device: torch.device) -> torch.Tensor:

@@ -17,7 +17,7 @@ ROWS = 2**18
 def nearest(data: Data, centroids: torch.Tensor) -> torch.Tensor:
     """The nearest of `centroids` (k, d), offsets from the shift in float64, to each row: (n,), int32."""
     (k, d), step = centroids.shape, Step.of(data, "none")
-    natural = Natural.zeros(k, step.features.width, step.features.ld, centroids.device)
+    natural = Natural.of(k, data, "none")
     natural.products[:, :d] = centroids / data.scale
     natural.constants.copy_(-0.5 * centroids.square().sum(dim=1))
     operands = room_for_operands(natural, data)

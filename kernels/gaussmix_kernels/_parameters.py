@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gaussmix_kernels._features import Operands
+from gaussmix_kernels._features import Features, Operands
 from gaussmix_kernels._launch import launch, padded
 from gaussmix_kernels._prepass import Data
 
@@ -70,8 +70,14 @@ class Natural:
     singular: torch.Tensor  # (k,), int32: 1 where the covariance is not positive definite
 
     @classmethod
+    def of(cls, k: int, data: Data, kind: str) -> "Natural":
+        """Room for the natural parameters of k components, in this kind of features."""
+        features = Features(kind, data.shape[1])
+        return cls.zeros(k, features.width, features.ld, data.hi.device)
+
+    @classmethod
     def zeros(cls, k: int, width: int, ld: int, device: torch.device) -> "Natural":
-        """Room for natural parameters."""
+        """Room for k x `width` natural parameters."""
 
         def room(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)

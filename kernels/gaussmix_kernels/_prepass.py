@@ -21,6 +21,7 @@ from gaussmix_kernels._launch import launch, multiple, padded, slab_rows
 MOST_SCALED = 128.0
 # Responsibilities are kept as two float16 numbers, times this: one of 1e-11 is not yet zero.
 R_SCALE = 16384.0
+# Rows at a time that are taken in float64 for what is no kernel.
 SCATTER_ROWS = 2**18
 BLOCK_N = 32
 

@@ -7,7 +7,6 @@ import torch
 import triton
 import triton.language as tl
 
-from gaussmix_kernels._features import Features
 from gaussmix_kernels._launch import launch, padded
 from gaussmix_kernels._parameters import (
     FLOOR,
@@ -42,13 +41,6 @@ def is_centred(width: int, ld: int) -> bool:
 def shape(k: int, d: int) -> tuple[int, ...]:
     """Shape of the stored covariances."""
     return (k, d, d)
-
-
-def room(k: int, data: Data, kind: str) -> Natural:
-    """Room for natural parameters."""
-    ld = data.hi.shape[1]
-    width = ld * ld if kind == "centred" else Features(kind, data.shape[1]).width
-    return Natural.zeros(k, width, ld, data.hi.device)
 
 
 def fill(natural: Natural, parameters: Parameters, data: Data) -> None:

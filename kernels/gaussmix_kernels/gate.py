@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from gaussmix_kernels import _em, _kmeans, _launch, _prepass
-from gaussmix_kernels._parameters import Parameters, Settings, decide, fill_operands, room_for_operands
+from gaussmix_kernels._parameters import Natural, Parameters, Settings, decide, fill_operands, room_for_operands
 
 FEATURES = (1, 2, 3, 8, 16, 17, 32, 64, 100, 128, 256)
 COMPONENTS = (1, 3, 16, 64, 1024)
@@ -112,16 +112,16 @@ def launch_all(case: Case) -> None:
     em = _em.EM(data, case.type, case.kind)
     shape = em.type.shape(k, d)
     parameters = Parameters(room(k), room(k, d), room(*shape), room(*shape))
-    natural = em.type.room(k, data, case.kind)
+    natural = Natural.of(k, data, case.kind)
     operands = room_for_operands(natural, data)
     settings = Settings.of(data)
-    fill_operands(operands, natural, room(1), case.exact, em._running)
+    fill_operands(operands, natural, room(1), case.exact, em.step.never)
     statistics, evidence = em.step.expect(operands)
     em.step.normalize(operands)
     em.step.responsibilities(operands)
     labels = room(n, dtype=torch.int32)
     em.assign(labels, room(k, d))
-    em.type.maximize(statistics, parameters, parameters, natural, data, settings, em._running)
+    em.type.maximize(statistics, parameters, parameters, natural, data, settings, em.step.never)
     stop, bounds = room(2, dtype=torch.int32), room(2)
     decide(stop, bounds, settings, evidence, natural.shared, parameters, parameters, natural, 0)
     if case.kind == "none":

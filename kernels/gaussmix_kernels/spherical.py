@@ -4,7 +4,6 @@ import torch
 import triton
 import triton.language as tl
 
-from gaussmix_kernels._features import Features
 from gaussmix_kernels._launch import launch, padded
 from gaussmix_kernels._parameters import (
     FLOOR,
@@ -27,12 +26,6 @@ def kinds(d: int) -> tuple[str, ...]:
 def shape(k: int, d: int) -> tuple[int, ...]:
     """Shape of the stored covariances."""
     return (k,)
-
-
-def room(k: int, data: Data, kind: str) -> Natural:
-    """Room for natural parameters."""
-    features = Features(kind, data.shape[1])
-    return Natural.zeros(k, features.width, features.ld, data.hi.device)
 
 
 def fill(natural: Natural, parameters: Parameters, data: Data) -> None:

@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from gaussmix_kernels._features import Features
 from gaussmix_kernels._launch import launch, padded
 from gaussmix_kernels._parameters import (
     FLOOR,
@@ -22,7 +21,7 @@ from gaussmix_kernels._parameters import (
     sum_of_counts,
     whitened_sums,
 )
-from gaussmix_kernels._prepass import Data
+from gaussmix_kernels._prepass import SCATTER_ROWS, Data
 
 # Rows of the covariance that a program computes.
 ROWS = 16
@@ -38,12 +37,6 @@ def shape(k: int, d: int) -> tuple[int, ...]:
     return (d, d)
 
 
-def room(k: int, data: Data, kind: str) -> Natural:
-    """Room for natural parameters."""
-    features = Features(kind, data.shape[1])
-    return Natural.zeros(k, features.width, features.ld, data.hi.device)
-
-
 def fill(natural: Natural, parameters: Parameters, data: Data) -> None:
     """Natural parameters in the features of `data`, where EM starts and for inference."""
     d, cholesky = parameters.means.shape[1], parameters.precision_cholesky
@@ -57,8 +50,12 @@ def fill(natural: Natural, parameters: Parameters, data: Data) -> None:
 
 def shared_log_density(parameters: Parameters, data: Data) -> torch.Tensor:
     """What all components share of the log-density of each row: (n,), or a number."""
-    x = data.rows(slice(None)) / data.scale
-    return -0.5 * (x @ parameters.precision_cholesky).square().sum(dim=1)
+    factor = parameters.precision_cholesky / data.scale[:, None]
+    out = torch.empty(data.shape[0], dtype=torch.float64, device=data.hi.device)
+    for start in range(0, data.shape[0], SCATTER_ROWS):
+        rows = slice(start, start + SCATTER_ROWS)
+        out[rows] = -0.5 * (data.rows(rows) @ factor).square().sum(dim=1)
+    return out
 
 
 def moments(statistics: torch.Tensor, data: Data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -189,7 +189,6 @@ class Engine(_Rows):
                 self._local(parameters, em),
                 at_most=at_most,
                 previous=previous,
-                tolerance=tolerance,
                 settings=settings,
             )
             parameters = self._global(found.parameters, em)

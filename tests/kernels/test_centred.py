@@ -9,6 +9,7 @@ from gaussmix._arrays import to_numpy
 from gaussmix_kernels import EM
 from kernels.common import (
     EVIDENCE_TOLERANCE,
+    INTERPRETED,
     SUMS_TOLERANCE,
     local,
     log_evidence,
@@ -33,7 +34,9 @@ def assert_moments(em, statistics, x, r, weight, parameters):
         assert_close(value, reference, SUMS_TOLERANCE[em.data.exact], name)
     second_moments = to_numpy(em.moments(statistics)[2])
     if not em.data.exact and x.shape[1] <= 64:
-        assert np.array_equal(second_moments, np.swapaxes(second_moments, 1, 2))
+        # A GPU adds both triangles in one order; the interpreter has BLAS multiply, which need not.
+        transposed = np.swapaxes(second_moments, 1, 2)
+        assert_close(second_moments, transposed, 1e-6 if INTERPRETED else 0.0, "symmetry")
 
 
 def check_expect(n, d, k, exact, weighted=True, layout="C"):
@@ -133,6 +136,6 @@ def test_components_far_apart_keep_their_digits(exact):
 def test_nothing_runs_once_the_stop_flag_is_set(exact):
     x, _ = rows(45, 2)
     em = EM(prepare(x, exact=exact), "full", "centred")
-    operands = em._operands(em._start(local(mixture(x, 3, "full"), em.data))[0])
+    operands = em._start(local(mixture(x, 3, "full"), em.data))[1]
     for value in em.step.expect(operands, torch.ones_like(em.step.never)):
         assert value.isnan().all()

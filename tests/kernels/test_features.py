@@ -170,7 +170,7 @@ def test_nothing_runs_once_the_stop_flag_is_set(type_, kind, exact, monkeypatch)
     x, _ = rows(45, 2)
     parameters = mixture(x, 3, type_)
     em = EM(prepare(x, exact=exact), type_, kind)
-    operands = em._operands(em._start(local(parameters, em.data))[0])
+    operands = em._start(local(parameters, em.data))[1]
     stop = torch.ones_like(em.step.never)
     for values in (em.step.expect(operands, stop), em.step.normalize(operands, stop)):
         for value in values:

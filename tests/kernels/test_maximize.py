@@ -36,7 +36,7 @@ every_kind = pytest.mark.parametrize(("type_", "kind"), KINDS)
 def m_step(em, statistics, old, *, stop=0, **settings):
     """New parameters and natural parameters, all of it NaN before."""
     new = old.empty_like()
-    natural = em.type.room(old.weights.shape[0], em.data, em.kind)
+    natural = Natural.of(old.weights.shape[0], em.data, em.kind)
     for value in (natural.constants, natural.kappa, natural.ratio):
         value.fill_(math.nan)
     natural.singular.fill_(7)
@@ -70,8 +70,10 @@ def test_the_m_step_is_that_of_its_twin(type_, kind, n, d, k, empty, exact):
     expected = twin(em, statistics, parameters, 0.5)
     assert_close(new.weights, expected.weights, 1e-12, "weights")
     assert_close(to_numpy(new.means) + to_numpy(em.data.shift), expected.means, 1e-12, "means")
-    # The total scatter of tied knows the sum of the weights, the twin that of the rounded responsibilities.
-    tolerance = 1e-6 if type_ == "tied" and not exact else 1e-10
+    # The total scatter of tied knows the sum of the weights, the twin that of the rounded responsibilities. Centred
+    # moments are symmetric only as far as the interpreter's BLAS makes them, and one triangle of them counts.
+    rounded = not exact and (type_ == "tied" or kind == "centred")
+    tolerance = 1e-6 if rounded else 1e-10
     assert_close(new.covariances, expected.covariances, tolerance, "covariances")
     assert_close(new.precision_cholesky, expected.precision_cholesky, tolerance, "factors")
     assert np.all(to_numpy(natural.singular)[: 1 if type_ == "tied" else k] == 0)
