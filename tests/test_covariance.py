@@ -30,6 +30,7 @@ def test_the_contract(covariance, library, k, d):
     assert factor.shape == stored.shape
     precisions = oracle.matrices(to_numpy(covariance.square(factor)), covariance.name, k, d)
     assert_close(precisions, np.linalg.inv(sigmas), 1e-12, "precisions")
+    assert_close(to_numpy(covariance.covariances(factor)), covariances, 1e-12, "covariances")
     log_det = np.broadcast_to(to_numpy(covariance.log_det(factor, d)), k)
     assert_close(log_det, -0.5 * np.linalg.slogdet(sigmas)[1], 1e-12, "log_det")
 

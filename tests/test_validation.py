@@ -18,7 +18,7 @@ IDENTITIES = np.stack([np.eye(2)] * 2)
         (GaussianMixture(0), ValueError, "num_components must be at least 1, got 0"),
         (GaussianMixture(2.0), TypeError, "num_components must be an integer, got 2.0"),
         (GaussianMixture(True), TypeError, "num_components must be an integer"),
-        (GaussianMixture(31), ValueError, "num_components=31 is more than the number of rows, 30"),
+        (GaussianMixture(31), ValueError, "got num_components = 31, n_samples = 30; use fewer"),
         (GaussianMixture(covariance_type="fill"), ValueError, r"covariance_type must be one of \['diag'.*got 'fill'"),
         (GaussianMixture(init_strategy="k-means"), ValueError, "init_strategy must be one of"),
         (
@@ -31,37 +31,74 @@ IDENTITIES = np.stack([np.eye(2)] * 2)
         (GaussianMixture(batch_size=0), ValueError, "batch_size must be at least 1"),
         (GaussianMixture(batch_size=1.5), TypeError, "batch_size must be an integer"),
         (GaussianMixture(random_state="seed"), ValueError, "seed"),
-        (GaussianMixture(2, init_means=[[0.0, 0.0]]), ValueError, r"init_means has shape \(1, 2\); expected \(2, 2\)"),
-        (GaussianMixture(init_means=[[0.0, np.nan]]), ValueError, "init_means contains NaN"),
-        (GaussianMixture(init_means=[["a", "b"]]), ValueError, "init_means has dtype"),
+        (
+            GaussianMixture(2, init_means=[[0.0, 0.0]]),
+            ValueError,
+            r"'init_means' should have the shape of \(2, 2\), but got \(1, 2\)",
+        ),
+        (GaussianMixture(init_means=[[0.0, np.nan]]), ValueError, "Input contains NaN in the parameter 'init_means'"),
+        (GaussianMixture(init_means=[["a", "b"]]), ValueError, "'init_means' has dtype"),
         (GaussianMixture(trainer_params={"max_epochs": -1}), ValueError, "max_epochs.* must be at least 0"),
         (GaussianMixture(trainer_params={"max_epoch": 5}), TypeError, r"unknown settings \['max_epoch'\]"),
-        (GaussianMixture(trainer_params={"devices": 4}), ValueError, r"trainer_params\['devices'\]=4 is not supported"),
-        (SklearnMixture(0), ValueError, "n_components must be at least 1"),
-        (SklearnMixture(31), ValueError, "n_components=31 is more than the number of rows"),
-        (SklearnMixture(tol=-1), ValueError, "tol must be finite and not negative"),
-        (SklearnMixture(reg_covar=-1e-9), ValueError, "reg_covar must be finite and not negative"),
-        (SklearnMixture(max_iter=-1), ValueError, "max_iter must be at least 0"),
-        (SklearnMixture(n_init=0), ValueError, "n_init must be at least 1"),
-        (SklearnMixture(init_params="kmeans++"), ValueError, "init_params must be one of"),
-        (SklearnMixture(verbose_interval=0), ValueError, "verbose_interval must be at least 1"),
-        (SklearnMixture(2, weights_init=[0.7, 0.7]), ValueError, "weights_init should be normalized.*1.4"),
-        (SklearnMixture(2, weights_init=[-0.5, 1.5]), ValueError, r"weights_init should be in the range \[0, 1\]"),
-        (SklearnMixture(2, weights_init=[1.0]), ValueError, r"weights_init has shape \(1,\)"),
-        (SklearnMixture(2, means_init=np.zeros((2, 3))), ValueError, r"means_init has shape \(2, 3\)"),
-        (SklearnMixture(2, precisions_init=np.eye(2)), ValueError, r"precisions_init has shape \(2, 2\)"),
+        (GaussianMixture(trainer_params={"precision": 16}), ValueError, r"precision'\] must be 32 or 64, got 16"),
+        (GaussianMixture(trainer_params={"accelerator": "tpu"}), ValueError, r"accelerator'\] must be one of"),
+        (SklearnMixture(0), ValueError, r"'n_components' parameter .* must be an int in the range \[1, inf\). Got 0"),
+        (SklearnMixture(31), ValueError, "got n_components = 31, n_samples = 30; use fewer"),
+        (SklearnMixture(tol=-1), ValueError, r"'tol' parameter .* must be a float in the range \[0.0, inf\). Got -1"),
+        (
+            SklearnMixture(reg_covar=-1e-9),
+            ValueError,
+            "'reg_covar' parameter .* must be a float in the range .* Got -1e-09",
+        ),
+        (SklearnMixture(max_iter=-1), ValueError, "'max_iter' parameter .* must be an int in the range .* Got -1"),
+        (SklearnMixture(n_init=0), ValueError, "'n_init' parameter .* must be an int in the range .* Got 0"),
+        (
+            SklearnMixture(init_params="kmeans++"),
+            ValueError,
+            r"'init_params' .* must be a str among \{.*Got 'kmeans\+\+'",
+        ),
+        (
+            SklearnMixture(verbose_interval=0),
+            ValueError,
+            "'verbose_interval' parameter .* must be an int in the range .* Got 0",
+        ),
+        (
+            SklearnMixture(2, weights_init=[0.7, 0.7]),
+            ValueError,
+            r"'weights' should be normalized, but got sum\(weights\) = 1.4.*divide",
+        ),
+        (
+            SklearnMixture(2, weights_init=[-0.5, 1.5]),
+            ValueError,
+            r"'weights' should be in the range \[0, 1\], but got max value 1.5.*min value -0.5",
+        ),
+        (
+            SklearnMixture(2, weights_init=[1.0]),
+            ValueError,
+            r"'weights' should have the shape of \(2,\), but got \(1,\)",
+        ),
+        (
+            SklearnMixture(2, means_init=np.zeros((2, 3))),
+            ValueError,
+            r"'means' should have the shape of \(2, 2\), but got \(2, 3\)",
+        ),
+        (
+            SklearnMixture(2, precisions_init=np.eye(2)),
+            ValueError,
+            r"'full precision' should have the shape of \(2, 2, 2\), but got \(2, 2\)",
+        ),
         (
             SklearnMixture(2, precisions_init=-IDENTITIES),
             ValueError,
-            "precisions_init of component 0 should be positive",
+            "'full precision' should be symmetric, positive-definite: .* of component 0 should",
         ),
         (
             SklearnMixture(2, precisions_init=IDENTITIES + np.triu(np.ones((2, 2)), 1)),
             ValueError,
-            "precisions_init should be symmetric",
+            "'full precision' should be symmetric, positive-definite: .* differs from its transpose by up to 1",
         ),
         (KMeans(0), ValueError, "num_clusters must be at least 1"),
-        (KMeans(31), ValueError, "num_clusters=31 is more than the number of rows"),
+        (KMeans(31), ValueError, "got num_clusters = 31, n_samples = 30; use fewer"),
         (KMeans(init_strategy="kmeans"), ValueError, "init_strategy must be one of"),
         (KMeans(convergence_tolerance=-1.0), ValueError, "convergence_tolerance must be finite"),
     ],
@@ -79,7 +116,7 @@ def test_bad_parameters(library, estimator, error, message):
         (np.full(30, -1.0), "sample_weight contains a negative value, -1"),
         (np.zeros(30), "sample_weight is zero for every row"),
         (np.full(30, np.nan), "sample_weight contains NaN"),
-        (np.eye(1, 30)[0], "=2 is more than the number of rows, 1"),
+        (np.eye(1, 30)[0], "= 2, n_samples = 1; use fewer"),
     ],
 )
 @pytest.mark.parametrize("estimator", [GaussianMixture(2), SklearnMixture(2), KMeans(2)])
@@ -130,12 +167,14 @@ def test_before_fit(estimator, method):
         getattr(estimator, method)(X)
 
 
-@pytest.mark.parametrize("estimator", [GaussianMixture(), SklearnMixture()])
+@pytest.mark.parametrize(
+    ("estimator", "message"), [(GaussianMixture(), "number of rows to sample"), (SklearnMixture(), "n_samples")]
+)
 @pytest.mark.parametrize(("n", "error"), [(0, ValueError), (-3, ValueError), (1.5, TypeError)])
-def test_bad_sample_sizes(estimator, n, error):
+def test_bad_sample_sizes(estimator, message, n, error):
     with pytest.raises(NotFittedError):
         estimator.sample(3)
-    with pytest.raises(error, match="number of rows to sample"):
+    with pytest.raises(error, match=message):
         type(estimator)(random_state=0).fit(X).sample(n)
 
 
@@ -143,13 +182,13 @@ def test_bad_sample_sizes(estimator, n, error):
     ("weights", "means", "covariances", "message"),
     [
         ([1.0], [0.0], [1.0], r"means has shape \(1,\); expected \(number of components"),
-        ([0.5], [[0.0]], [1.0], "weights should be normalized"),
-        ([0.5, 0.5], [[0.0]], [1.0], r"weights has shape \(2,\)"),
-        ([1.0], [[0.0]], [[1.0]], r"covariances has shape \(1, 1\); expected \(1,\)"),
+        ([0.5], [[0.0]], [1.0], "'weights' should be normalized"),
+        ([0.5, 0.5], [[0.0]], [1.0], r"'weights' should have the shape of \(1,\), but got \(2,\)"),
+        ([1.0], [[0.0]], [[1.0]], r"'covariances' should have the shape of \(1,\), but got \(1, 1\)"),
         ([1.0], [[0.0]], [-1.0], "covariances of component 0 should be positive definite"),
         ([0.5, 0.5], [[0.0], [1.0]], [1.0, 0.0], "covariances of component 1 should be positive definite"),
-        ([1.0], [[np.inf]], [1.0], "means contains NaN or infinity"),
-        ([1.0], [["x"]], [1.0], "means has dtype"),
+        ([1.0], [[np.inf]], [1.0], "Input contains infinity in the parameter 'means'"),
+        ([1.0], [["x"]], [1.0], "'means' has dtype"),
     ],
 )
 @pytest.mark.parametrize("estimator", [GaussianMixture, SklearnMixture])

@@ -8,11 +8,12 @@ size n x k exists unless the caller asked for one.
 import math
 from collections.abc import Callable
 
+from gaussmix import _engine
 from gaussmix._arrays import array_namespace, asarray_like, device, working_dtype
 from gaussmix._covariance import Covariance
 from gaussmix._data import Rows
 from gaussmix._engine import Progress
-from gaussmix._parameters import Parameters, SufficientStatistics, maximize
+from gaussmix._parameters import Parameters, SufficientStatistics
 from gaussmix._typing import Array
 
 # Elements of the (k, rows, d) array of a block, and of the (rows, k) and (rows, d) arrays of a block of k-means: 2 MiB
@@ -96,26 +97,39 @@ def one_hot(labels: Array, like: Array, k: int) -> Array:
 class Engine:
     """EM and inference on one data set for one covariance type."""
 
-    precision: str
+    # Centred throughout: there is nothing more exact to fall back to.
+    is_last = True
 
-    def __init__(self, rows: Rows, covariance: Covariance, reg_covar: float) -> None:
-        self.rows, self.covariance, self.reg_covar = rows, covariance, reg_covar
+    def __init__(self, rows: Rows, covariance: Covariance, reg_covar: float, middle: Array | None = None) -> None:
+        self.rows, self.covariance, self.reg_covar, self._middle = rows, covariance, reg_covar, middle
         xp = array_namespace(rows.array)
         self.backend = f"array_api:{xp.__name__.rpartition('.')[2]}"
         self.precision = "centred-float64" if working_dtype(rows.array) == xp.float64 else "centred-float32"
 
-    def from_means(self, means: Array) -> Parameters:
-        """Parameters of the rows that are nearest to each of `means` (k, d)."""
+    def on(self, rows: Rows) -> "Engine":
+        """The engine for other rows."""
+        return Engine(rows, self.covariance, self.reg_covar, self._middle)
+
+    def is_exact_for(self, parameters: Parameters) -> bool:
+        """Always."""
+        return True
+
+    def fall_back(self, reason: str) -> None:
+        """There is nothing to fall back to."""
+        raise NotImplementedError(reason)
+
+    def assign(self, means: Array) -> SufficientStatistics:
+        """Statistics of the rows that are nearest to each of `means` (k, d)."""
         return self._assigned(means, lambda x: one_hot(nearest(x, means), x, means.shape[0]))
 
-    def from_responsibilities(self, k: int, draw: Callable[[int], Array]) -> Parameters:
-        """Parameters for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
+    def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:
+        """Statistics for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
         d = self.rows.shape[1]
-        middle = self.rows.mean(self.block_size(k))
+        middle = self.rows.mean(self.block_size(k)) if self._middle is None else self._middle
         origin = array_namespace(middle).broadcast_to(middle, (k, d))
         return self._assigned(origin, lambda x: asarray_like(draw(x.shape[0]), x))
 
-    def _assigned(self, origin: Array, assign: Callable[[Array], Array]) -> Parameters:
+    def _assigned(self, origin: Array, assign: Callable[[Array], Array]) -> SufficientStatistics:
         xp = array_namespace(origin)
 
         def statistics(x: Array, weight: Array | None) -> SufficientStatistics:
@@ -123,16 +137,11 @@ class Engine:
             r = xp.matrix_transpose(assign(x))
             return _statistics(origin, _centred(x, origin), r, weight, self.covariance, no_evidence)
 
-        return maximize(self._sum(statistics, origin.shape[0]), origin, self.covariance, self.reg_covar)
+        return self._sum(statistics, origin.shape[0])
 
     def advance(self, parameters: Parameters, *, at_most: int, previous: float, tolerance: float) -> Progress:
-        """One EM iteration: the lower bound of `parameters`, and the parameters after it."""
-        statistics = self.expect(parameters)
-        bound = statistics.lower_bound
-        if not math.isfinite(bound):
-            return Progress(parameters, (bound,), converged=False)
-        new = maximize(statistics, parameters.means, self.covariance, self.reg_covar)
-        return Progress(new, (bound,), converged=abs(bound - previous) < tolerance)
+        """Up to `at_most` EM iterations; stops where a lower bound is within `tolerance` of the one before."""
+        return _engine.advance(self, parameters, at_most=at_most, previous=previous, tolerance=tolerance)
 
     def expect(self, parameters: Parameters) -> SufficientStatistics:
         """Statistics of all rows."""

@@ -1,11 +1,24 @@
 """What the array API standard leaves to its users: host copies, working precision, moving between libraries."""
 
+from typing import Any
+
 import numpy as np
-from array_api_compat import array_namespace, device, is_cupy_array, is_torch_array, to_device
+from array_api_compat import array_namespace as _namespace
+from array_api_compat import device, is_cupy_array, is_torch_array, to_device
 
 from gaussmix._typing import Array, DType
 
 __all__ = ["array_namespace", "asarray_like", "device", "floating_dtype", "to_numpy", "working_dtype"]
+
+
+def array_namespace(x: Array) -> Any:
+    """The array API namespace of an array's library."""
+    if type(x).__module__ == "torch":
+        # What array_api_compat caches, torch.compile looks through with a warning.
+        from array_api_compat import torch
+
+        return torch
+    return _namespace(x)
 
 
 def to_numpy(x: Array) -> Array:

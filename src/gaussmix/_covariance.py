@@ -56,6 +56,10 @@ class Covariance(ABC):
         """U with U U^T = Sigma^-1; NaN for each component whose covariance is not positive definite."""
 
     @abstractmethod
+    def covariances(self, precision_cholesky: Array) -> Array:
+        """Sigma from U, in the stored form."""
+
+    @abstractmethod
     def square(self, factor: Array) -> Array:
         """U U^T: the precisions, if U factors them."""
 
@@ -156,11 +160,12 @@ class _Matrices(Covariance):
 
     def precision_cholesky(self, covariances: Array) -> Array:
         xp = array_namespace(covariances)
-        cholesky = _cholesky_or_nan(covariances)
-        eye = xp.eye(covariances.shape[-1], dtype=covariances.dtype, device=device(covariances))
-        # The standard has no triangular solve; this runs once an iteration on k small matrices.
-        inverse = xp.linalg.solve(cholesky, xp.broadcast_to(eye, cholesky.shape))
-        return xp.triu(xp.matrix_transpose(inverse))
+        return xp.triu(xp.matrix_transpose(_inverse(_cholesky_or_nan(covariances))))
+
+    def covariances(self, precision_cholesky: Array) -> Array:
+        xp = array_namespace(precision_cholesky)
+        inverse = _inverse(precision_cholesky)
+        return _symmetrized(xp.matmul(xp.matrix_transpose(inverse), inverse))
 
     def square(self, factor: Array) -> Array:
         xp = array_namespace(factor)
@@ -303,6 +308,9 @@ class _Variances(Covariance):
         positive = covariances > 0
         return xp.where(positive, 1 / xp.sqrt(xp.where(positive, covariances, 1)), xp.nan)
 
+    def covariances(self, precision_cholesky: Array) -> Array:
+        return 1 / self.square(precision_cholesky)
+
     def square(self, factor: Array) -> Array:
         return factor * factor
 
@@ -436,6 +444,14 @@ def _cholesky_or_nan(matrices: Array) -> Array:
     smallest = matrices.shape[-1] * float(xp.finfo(matrices.dtype).eps) * xp.linalg.diagonal(matrices)
     regular = xp.all(xp.linalg.diagonal(cholesky) ** 2 > smallest, axis=-1)
     return xp.where(regular[..., None, None], cholesky, xp.nan)
+
+
+def _inverse(triangular: Array) -> Array:
+    """Inverses of (..., d, d) matrices."""
+    xp = array_namespace(triangular)
+    eye = xp.eye(triangular.shape[-1], dtype=triangular.dtype, device=device(triangular))
+    # The standard has no triangular solve; this runs once an iteration on k small matrices.
+    return xp.linalg.solve(triangular, xp.broadcast_to(eye, triangular.shape))
 
 
 @cache

@@ -1,12 +1,12 @@
 """The rows of a data set, read block by block."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from sklearn.utils.random import sample_without_replacement
 
-from gaussmix._arrays import array_namespace, device, to_numpy, working_dtype
+from gaussmix._arrays import array_namespace, asarray_like, device, to_numpy, working_dtype
 from gaussmix._typing import Array, DType
 
 
@@ -31,6 +31,11 @@ class Rows:
     def shape(self) -> tuple[int, int]:
         n, d = self.array.shape
         return n, d
+
+    @property
+    def like(self) -> Array:
+        """An array of the library, the device and the dtype of the data."""
+        return self.array
 
     @property
     def dtype(self) -> DType:
@@ -65,21 +70,115 @@ class Rows:
             total = total + xp.sum(x if weight is None else weight[:, None] * x, axis=0)
         return total / (self.shape[0] if self.sample_weight is None else xp.sum(self.sample_weight))
 
+    def part(self, rows: slice) -> "Rows":
+        """Some of the rows."""
+        weight = None if self.sample_weight is None else self.sample_weight[rows]
+        return Rows(self.array[rows, :], weight, self.batch_size)
+
+    def mapped(self, function: Callable[[Array], Array]) -> "Rows | Stream":
+        """`function` of the rows: another library, device or dtype; block by block where a batch size is given."""
+        if self.batch_size is None:
+            array = function(self.array)
+            weight = self.sample_weight
+            moved = None if weight is None else asarray_like(weight, array, working_dtype(array))
+            return Rows(array, moved)
+        size = self.batch_size
+
+        def read() -> Iterator[Array]:
+            return (self.array[block, :] for block in slices(self.shape[0], size))
+
+        like = self.array[: min(size, self.shape[0]), :]
+        return Stream(read, self.shape, like, self.mean(size), self.sample_weight).mapped(function)
+
+    def take(self, indices: Array) -> Array:
+        """The rows of these increasing `indices`, in float64 on the host: (m, d)."""
+        xp = array_namespace(self.array)
+        if len(indices) == self.shape[0]:
+            rows = xp.asarray(self.array)
+        else:
+            rows = xp.take(self.array, xp.asarray(indices, device=device(self.array)), axis=0)
+        return to_numpy(xp.astype(rows, self.dtype, copy=False)).astype(np.float64, copy=False)
+
     def sample(self, size: int, random_state: np.random.RandomState) -> "Rows":
         """At most `size` rows of positive weight, without replacement, in float64 on the host.
 
         The rows that are drawn depend on `random_state` and on their number alone, not on the library.
         """
-        xp = array_namespace(self.array)
-        n = self.shape[0]
-        weight = None if self.sample_weight is None else to_numpy(self.sample_weight).astype(np.float64)
-        candidates = np.arange(n) if weight is None else np.flatnonzero(weight)
-        if candidates.size > size:
-            drawn = sample_without_replacement(candidates.size, size, random_state=random_state)
-            candidates = candidates[np.sort(drawn)]
-        if candidates.size == n:
-            rows = xp.asarray(self.array)
-        else:
-            rows = xp.take(self.array, xp.asarray(candidates, device=device(self.array)), axis=0)
-        rows = to_numpy(xp.astype(rows, self.dtype, copy=False)).astype(np.float64, copy=False)
-        return Rows(rows, None if weight is None else weight[candidates])
+        return _sample(self, size, random_state)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Rows that are never all in memory: `read` gives them anew in each pass, as blocks in one library.
+
+    Everything else is what the first pass found. The rows are finite, and as many in each pass.
+    """
+
+    read: Callable[[], Iterable[Array]]
+    shape: tuple[int, int]
+    like: Array  # some rows
+    middle: Array  # (d,): weighted mean of the rows, in the working dtype
+    sample_weight: Array | None = None  # (n,), in the working dtype
+
+    @property
+    def dtype(self) -> DType:
+        """The dtype that sums are in."""
+        return working_dtype(self.like)
+
+    def blocks(self) -> Iterator[Rows]:
+        """The blocks in order, with their weights; those without rows, or whose weights are all 0, are left out."""
+        n = 0
+        for x in self.read():
+            part = slice(n, n + x.shape[0])
+            n = part.stop
+            if n > self.shape[0]:
+                break
+            weight = None if self.sample_weight is None else self.sample_weight[part]
+            if x.shape[0] and (weight is None or bool(array_namespace(weight).any(weight > 0))):
+                yield Rows(x, weight)
+        if n != self.shape[0]:
+            raise ValueError(
+                f"the data gave {self.shape[0]} rows in the first pass and {n} in a later one; pass an object that "
+                "gives the same rows each time it is iterated over"
+            )
+
+    def mapped(self, function: Callable[[Array], Array]) -> "Stream":
+        """`function` of each block: another library, device or dtype."""
+        like = function(self.like)
+        moved = (
+            None if value is None else asarray_like(value, like, working_dtype(like))
+            for value in (self.middle, self.sample_weight)
+        )
+        return Stream(lambda: map(function, self.read()), self.shape, like, *moved)
+
+    def unweighted(self) -> "Stream":
+        """The same rows without weights."""
+        return self if self.sample_weight is None else replace(self, sample_weight=None)
+
+    def mean(self, size: int) -> Array:
+        """Weighted mean of the rows: (d,), in the working dtype."""
+        return self.middle
+
+    def take(self, indices: Array) -> Array:
+        """The rows of these increasing `indices`, in float64 on the host: (m, d)."""
+        found, start = [], 0
+        for rows in self.unweighted().blocks():
+            stop = start + rows.shape[0]
+            here = indices[np.searchsorted(indices, start) : np.searchsorted(indices, stop)] - start
+            if here.size:
+                found.append(rows.take(here))
+            start = stop
+        return np.concatenate(found) if found else np.empty((0, self.shape[1]))
+
+    def sample(self, size: int, random_state: np.random.RandomState) -> Rows:
+        """As `Rows.sample`: the same rows where the data is the same."""
+        return _sample(self, size, random_state)
+
+
+def _sample(rows: Rows | Stream, size: int, random_state: np.random.RandomState) -> Rows:
+    weight = None if rows.sample_weight is None else to_numpy(rows.sample_weight).astype(np.float64)
+    candidates = np.arange(rows.shape[0]) if weight is None else np.flatnonzero(weight)
+    if candidates.size > size:
+        drawn = sample_without_replacement(candidates.size, size, random_state=random_state)
+        candidates = candidates[np.sort(drawn)]
+    return Rows(rows.take(candidates), None if weight is None else weight[candidates])

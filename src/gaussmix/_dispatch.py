@@ -7,10 +7,12 @@ from types import ModuleType
 
 from array_api_compat import is_cupy_array, is_torch_array
 
-from gaussmix import _array_api, _numpy
+from gaussmix import _array_api, _distributed, _numpy, _streaming
+from gaussmix._arrays import to_numpy
 from gaussmix._covariance import Covariance
-from gaussmix._data import Rows
-from gaussmix._engine import Clusters, Engine
+from gaussmix._data import Rows, Stream
+from gaussmix._distributed import Group
+from gaussmix._engine import Clusters, Engine, Fitting
 from gaussmix._typing import Array
 
 logger = logging.getLogger("gaussmix")
@@ -18,20 +20,59 @@ logger = logging.getLogger("gaussmix")
 BACKENDS = ("auto", "triton", "numpy", "array_api")
 
 
-def engine(rows: Rows, covariance: Covariance, reg_covar: float = 0.0) -> Engine:
+def engine(rows: Rows | Stream, covariance: Covariance, reg_covar: float = 0.0) -> Engine:
     """The implementation for these rows, as the environment variable GAUSSMIX_BACKEND has it."""
-    name, reason = choose(rows.array)
+    name, reason = choose(rows.like)
     logger.debug("%s covariance runs on %s: %s", covariance.name, name, reason)
-    chosen: Engine = _implementation(name).Engine(rows, covariance, reg_covar)
-    return chosen
+    make = _implementation(name).Engine
+    if isinstance(rows, Rows):
+        in_memory: Engine = make(rows, covariance, reg_covar)
+        return in_memory
+    rows = _streamed(rows, name)
+    return _streaming.Engine(rows, make(Rows(rows.like), covariance, reg_covar, rows.middle))
 
 
-def clusters(rows: Rows) -> Clusters:
+def shared_engine(rows: Rows | Stream, covariance: Covariance, reg_covar: float, group: Group) -> Fitting:
+    """The same where the processes of a group all have the rows and share the work."""
+    rows = shareable(rows)
+    make = _implementation(choose(rows.like)[0]).Engine
+    middle = rows.mean(_distributed.BLOCK_ROWS)
+    return _distributed.Engine(make(rows, covariance, reg_covar, middle), group)
+
+
+def clusters(rows: Rows | Stream, group: Group | None = None) -> Clusters:
     """The implementation of k-means for these rows, chosen as `engine` does."""
-    name, reason = choose(rows.array)
+    name, reason = choose(rows.like)
     logger.debug("k-means runs on %s: %s", name, reason)
-    chosen: Clusters = _implementation(name).Clusters(rows)
-    return chosen
+    make = _implementation(name).Clusters
+    if group is not None:
+        return _distributed.Clusters(shareable(rows), make, group)
+    if isinstance(rows, Rows):
+        in_memory: Clusters = make(rows)
+        return in_memory
+    return _streaming.Clusters(_streamed(rows, name), make)
+
+
+def distances(rows: Rows | Stream, centroids: Array) -> Array:
+    """Distance of each row to each centroid: (n, k)."""
+    if isinstance(rows, Rows):
+        return _array_api.Clusters(rows).distances(centroids)
+    return _streaming.Clusters(rows, _array_api.Clusters).distances(centroids)
+
+
+def shareable(rows: Rows | Stream) -> Rows:
+    """Rows that several processes can share."""
+    if isinstance(rows, Stream):
+        raise TypeError(
+            "several processes share the rows of an array, not of a loader or in batches; pass an array and no "
+            "batch_size, or devices=1"
+        )
+    return rows
+
+
+def _streamed(rows: Stream, name: str) -> Stream:
+    """The rows in the library that computes."""
+    return rows.mapped(to_numpy) if name == "numpy" else rows
 
 
 def choose(x: Array) -> tuple[str, str]:

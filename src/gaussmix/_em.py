@@ -2,10 +2,11 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from gaussmix._engine import Engine
+from gaussmix._engine import Fitting
 from gaussmix._parameters import Parameters
 
 logger = logging.getLogger("gaussmix")
@@ -23,7 +24,7 @@ class EMResult:
 
 
 def run_em(
-    engine: Engine,
+    engine: Fitting,
     start: Parameters,
     *,
     tolerance: float,
@@ -52,6 +53,26 @@ def run_em(
             callback(len(lower_bounds), previous, parameters)
     logger.info("%d EM iterations on %s, %s", len(lower_bounds), engine.backend, engine.precision)
     return EMResult(parameters, lower_bounds, converged)
+
+
+@contextmanager
+def progress_bar(show: bool, max_iter: int, value: str) -> Iterator[Callable[..., None] | None]:
+    """A bar on stderr that shows the iteration, a `value` by this name, and its change; None unless `show`."""
+    if not show:
+        yield None
+        return
+    from tqdm.auto import tqdm
+
+    last = math.nan
+    with tqdm(total=max_iter, unit="iteration") as bar:
+
+        def update(iteration: int, found: float, parameters: Parameters | None = None) -> None:
+            nonlocal last
+            bar.update(iteration - bar.n)
+            bar.set_postfix_str(f"{value} {found:.6g}, change {found - last:.3g}")
+            last = found
+
+        yield update
 
 
 def best_of(results: Iterable[EMResult]) -> EMResult:

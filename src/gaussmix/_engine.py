@@ -1,11 +1,13 @@
-"""What an implementation of EM and k-means offers to the loops and the estimators."""
+"""What an implementation of EM and k-means offers to the loops and the estimators, and the iteration they share."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
-from gaussmix._data import Rows
-from gaussmix._parameters import Parameters, SufficientStatistics
+from gaussmix._covariance import Covariance
+from gaussmix._data import Rows, Stream
+from gaussmix._parameters import Parameters, SingularCovarianceError, SufficientStatistics, maximize
 from gaussmix._typing import Array
 
 
@@ -18,32 +20,36 @@ class Progress:
     converged: bool
 
 
-class Engine(Protocol):
-    """EM and inference on one data set for one covariance type, in one implementation."""
+class Fitting(Protocol):
+    """EM on one data set for one covariance type, in one implementation."""
 
-    @property
-    def backend(self) -> str:
-        """Name of the implementation."""
+    covariance: Covariance
+    reg_covar: float
+    backend: str
 
     @property
     def precision(self) -> str:
         """The arithmetic of the E-step that is in use."""
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> Rows | Stream:
         """The rows, in the library that computes."""
 
-    def from_means(self, means: Array) -> Parameters:
-        """Parameters of the rows that are nearest to each of `means` (k, d)."""
+    def assign(self, means: Array) -> SufficientStatistics:
+        """Statistics of the rows that are nearest to each of `means` (k, d)."""
 
-    def from_responsibilities(self, k: int, draw: Callable[[int], Array]) -> Parameters:
-        """Parameters for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
+    def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:
+        """Statistics for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
 
     def expect(self, parameters: Parameters) -> SufficientStatistics:
         """The E-step: statistics of all rows."""
 
     def advance(self, parameters: Parameters, *, at_most: int, previous: float, tolerance: float) -> Progress:
         """Up to `at_most` EM iterations; stops where a lower bound is within `tolerance` of the one before."""
+
+
+class Engine(Fitting, Protocol):
+    """EM and inference."""
 
     def log_evidence(self, parameters: Parameters) -> Array:
         """Log-density of each row under the mixture: (n,)."""
@@ -55,11 +61,38 @@ class Engine(Protocol):
         """The component of largest responsibility for each row: (n,)."""
 
 
+class Steps(Protocol):
+    """What an iteration needs: an E-step whose form can be left where it is not exact enough."""
+
+    covariance: Covariance
+    reg_covar: float
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no form of the E-step could be more exact than the one in use."""
+
+    def expect(self, parameters: Parameters) -> SufficientStatistics:
+        """The E-step: statistics of all rows."""
+
+    def is_exact_for(self, parameters: Parameters) -> bool:
+        """Whether statistics in the form in use are exact enough for an M-step to these; the form is left where not."""
+
+    def fall_back(self, reason: str) -> None:
+        """Leave the form in use for the next one."""
+
+
+class BlockEngine(Engine, Steps, Protocol):
+    """An engine for rows in memory, which may be a block of a data set."""
+
+    def on(self, rows: Rows) -> Self:
+        """The engine for other rows: about the same point, in the same form from now on."""
+
+
 class Clusters(Protocol):
     """k-means on one data set, in one implementation."""
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> Rows | Stream:
         """The rows, in the library that computes."""
 
     def labels(self, centroids: Array) -> Array:
@@ -70,3 +103,73 @@ class Clusters(Protocol):
 
     def sums(self, centroids: Array, origin: Array) -> tuple[Array, Array]:
         """Weight of the rows that are nearest to each centroid (k,), and the sums of their x - origin (k, d)."""
+
+
+def advance(steps: Steps, parameters: Parameters, *, at_most: int, previous: float, tolerance: float) -> Progress:
+    """`Engine.advance` by E-steps and M-steps."""
+    bounds: list[float] = []
+    converged = False
+    while len(bounds) < at_most and not converged:
+        bound, parameters = iterate(steps, parameters)
+        bounds.append(bound)
+        if not math.isfinite(bound):
+            break
+        converged = abs(bound - previous) < tolerance
+        previous = bound
+    return Progress(parameters, tuple(bounds), converged)
+
+
+def iterate(steps: Steps, parameters: Parameters) -> tuple[float, Parameters]:
+    """One EM iteration: the lower bound of `parameters`, and the parameters after it."""
+    while True:
+        statistics = steps.expect(parameters)
+        bound = statistics.lower_bound
+        if not math.isfinite(bound):
+            if steps.is_last:
+                return bound, parameters
+            steps.fall_back(f"the log-likelihood came out as {bound}")
+            continue
+        try:
+            new = maximize(statistics, parameters.means, steps.covariance, steps.reg_covar)
+        except SingularCovarianceError:
+            if steps.is_last:
+                raise
+            steps.fall_back("a covariance came out singular")
+            continue
+        if steps.is_exact_for(new):
+            return bound, new
+
+
+class Summed:
+    """EM whose statistics are sums of those of blocks; which form they are in is up to the engine of the blocks."""
+
+    def __init__(self, rows: Rows | Stream, on_block: BlockEngine) -> None:
+        self.rows, self._on_block = rows, on_block
+        self.covariance, self.reg_covar, self.backend = on_block.covariance, on_block.reg_covar, on_block.backend
+
+    @property
+    def precision(self) -> str:
+        """The arithmetic of the E-step that is in use."""
+        return self._on_block.precision
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no form of the E-step could be more exact than the one in use."""
+        return self._on_block.is_last
+
+    def is_exact_for(self, parameters: Parameters) -> bool:
+        """Whether the form in use is exact enough for an M-step to these parameters; it is left where not."""
+        return self._on_block.is_exact_for(parameters)
+
+    def fall_back(self, reason: str) -> None:
+        """Leave the form in use for the next one."""
+        self._on_block.fall_back(reason)
+
+    def expect(self, parameters: Parameters) -> SufficientStatistics:
+        """The E-step: statistics of all rows."""
+        raise NotImplementedError
+
+    def advance(self, parameters: Parameters, *, at_most: int, previous: float, tolerance: float) -> Progress:
+        """Up to `at_most` EM iterations; stops where a lower bound is within `tolerance` of the one before."""
+        self.is_exact_for(parameters)
+        return advance(self, parameters, at_most=at_most, previous=previous, tolerance=tolerance)

@@ -1,19 +1,23 @@
 """What the estimators share: inference, sampling and persistence on top of fitted attributes."""
 
 import os
-from typing import Any, Self
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 from sklearn.base import BaseEstimator, DensityMixin, clone
+from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 
 from gaussmix import _persistence
 from gaussmix._arrays import array_namespace, asarray_like, floating_dtype
 from gaussmix._covariance import COVARIANCES
-from gaussmix._data import Rows
+from gaussmix._data import Rows, Stream
 from gaussmix._dispatch import engine
 from gaussmix._engine import Engine
 from gaussmix._parameters import Parameters
+from gaussmix._trainer import Settings, settings, trainer
 from gaussmix._typing import Array
 from gaussmix._validation import (
     check_covariance_type,
@@ -24,9 +28,59 @@ from gaussmix._validation import (
     validate_rows,
 )
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def takes_data(method: Method) -> Method:
+    """The method, whose X may also be passed as `data`, PyCave's name for it."""
+
+    @wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "data" in kwargs:
+            if args or "X" in kwargs:
+                raise TypeError(f"{method.__name__}() got both X and data, which are the same argument; pass one")
+            args = (kwargs.pop("data"),)
+        return method(self, *args, **kwargs)
+
+    return cast(Method, call)
+
 
 class Persistent(BaseEstimator):
     """An estimator that is saved to a directory and loaded from it."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for what is not there: a fitted attribute says why.
+        is_fitted_later = any(name in getattr(cls, "__annotations__", ()) for cls in type(self).__mro__)
+        if name.endswith("_") and (is_fitted_later or isinstance(getattr(type(self), name, None), property)):
+            raise NotFittedError(f"{type(self).__name__} has no {name} before it is fitted; call fit first")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def persistent_attributes(self) -> list[str]:
+        """Names of the fitted attributes that `save` writes; none before `fit`."""
+        return [name for name in vars(self) if name[-1] == "_" and name[0] != "_"]
+
+    def set_params(self, values: dict[str, Any] | None = None, **params: Any) -> Self:
+        """Set parameters of the constructor.
+
+        Parameters
+        ----------
+        values : dict, optional
+            Parameters by name, as PyCave takes them.
+        **params
+            Parameters by name, as scikit-learn takes them.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            For a name that is no parameter.
+        """
+        changed: Self = super().set_params(**(values or {}), **params)
+        return changed
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the estimator to a directory, as `params.json` and, once fitted, `model.safetensors`.
@@ -48,9 +102,41 @@ class Persistent(BaseEstimator):
         """
         _persistence.save(self, path)
 
+    def save_parameters(self, path: str | os.PathLike[str]) -> None:
+        """Write `params.json`, the constructor's parameters, to a directory: a part of `save`.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The directory; made where it does not exist.
+
+        Raises
+        ------
+        NotADirectoryError, TypeError
+            As `save`.
+        """
+        _persistence.save_parameters(self, path)
+
+    def save_attributes(self, path: str | os.PathLike[str]) -> None:
+        """Write `model.safetensors`, the fitted attributes, to a directory: a part of `save`.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The directory; made where it does not exist.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+            Before `fit`.
+        NotADirectoryError, TypeError
+            As `save`.
+        """
+        _persistence.save_attributes(self, path)
+
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read an estimator that `save` wrote.
+    def load_parameters(cls, path: str | os.PathLike[str]) -> Self:
+        """An unfitted estimator with the parameters that are saved in a directory: a part of `load`.
 
         Parameters
         ----------
@@ -60,16 +146,64 @@ class Persistent(BaseEstimator):
         Returns
         -------
         estimator
-            Its arrays are NumPy arrays; predictions follow the library of the data that they are made for.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            As `load`.
+        """
+        return _persistence.load_parameters(cls, path)
+
+    def load_attributes(self, path: str | os.PathLike[str]) -> None:
+        """Take over the fitted attributes that are saved in a directory: a part of `load`.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The directory.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the estimator that was saved there was not fitted.
+        ValueError
+            As `load`.
+        """
+        _persistence.load_attributes(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Self:
+        """Read an estimator that `save` wrote, or PyCave 3 or torchgmm 0.1.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The directory.
+        allow_pickle : bool, default False
+            Whether to read PyCave's and torchgmm's `params.pickle` and `attributes.pickle`, which can run any code:
+            only if you trust whoever wrote them. `save` writes no pickles.
+
+        Returns
+        -------
+        estimator
+            Its arrays are NumPy arrays, or torch tensors if PyCave or torchgmm wrote them; predictions follow the
+            library of the data that they are made for.
 
         Raises
         ------
         FileNotFoundError
             If there is nothing to load at `path`.
         ValueError
-            If the files are damaged, or belong to another class or a newer version.
+            If the files are damaged, belong to another class or a newer version, or the parameters are a pickle.
+        ImportError
+            If PyCave or torchgmm wrote the files and torch is not installed.
+
+        Warns
+        -----
+        UserWarning
+            If `converged_`, `num_iter_` and the score of the fit are not loaded because they are a pickle.
         """
-        return _persistence.load(cls, path)
+        return _persistence.load(cls, path, allow_pickle)
 
     def clone(self) -> Self:
         """An unfitted copy with the same parameters."""
@@ -82,17 +216,57 @@ class Persistent(BaseEstimator):
         return tags
 
 
+class Trained(Persistent):
+    """An estimator with PyCave's `trainer_params`."""
+
+    trainer_params: dict[str, Any] | None
+    _max_epochs = 100
+
+    @property
+    def trainer_params_user(self) -> dict[str, Any] | None:
+        """`trainer_params`, as the constructor was given them."""
+        return self.trainer_params
+
+    def trainer(self, **kwargs: Any) -> Any:
+        """A Lightning Trainer with the estimator's settings; there for scripts that ask for one, not used by `fit`.
+
+        Parameters
+        ----------
+        **kwargs
+            Settings that take precedence over `trainer_params`.
+
+        Returns
+        -------
+        trainer : pytorch_lightning.Trainer
+
+        Raises
+        ------
+        ImportError
+            If pytorch_lightning is not installed.
+        """
+        return trainer(self.trainer_params, {"max_epochs": self._max_epochs}, kwargs)
+
+    def _settings(self, *, warn: bool = True) -> Settings:
+        # A fit has said what there is to say about them: predictions say nothing.
+        return settings(self.trainer_params, self._max_epochs, warn=warn)
+
+
 class Mixture(DensityMixin, Persistent):
     """A fitted mixture is its attributes: `weights_`, `means_`, `covariances_` and `precisions_cholesky_`."""
 
     covariance_type: str
     random_state: Any
     batch_size: int | None = None
+    num_workers: int = 0
 
     weights_: Array
     means_: Array
     covariances_: Array
     precisions_cholesky_: Array
+    lower_bounds_: list[float]
+    backend_: str
+    precision_: str
+    n_features_in_: int
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Fit the mixture to the rows of X; each estimator documents its own."""
@@ -138,6 +312,7 @@ class Mixture(DensityMixin, Persistent):
         mixture.n_features_in_ = d
         return mixture
 
+    @takes_data
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Array:
         """Fit the mixture and return the labels of the same rows.
 
@@ -157,6 +332,7 @@ class Mixture(DensityMixin, Persistent):
         """
         return self.fit(X, y, sample_weight).predict(X)
 
+    @takes_data
     def predict(self, X: Any) -> Array:
         """Most probable component of each row.
 
@@ -179,6 +355,7 @@ class Mixture(DensityMixin, Persistent):
         """
         return self._on(X, "predict").labels()
 
+    @takes_data
     def predict_proba(self, X: Any) -> Array:
         """Probability of each component given the row (its responsibility).
 
@@ -203,22 +380,26 @@ class Mixture(DensityMixin, Persistent):
         check_is_fitted(self, "means_")
         if not hasattr(self, "n_features_in_"):  # attributes set by hand
             self.n_features_in_ = self.means_.shape[1]
-        rows = validate_rows(self, X, reset=False, batch_size=self.batch_size)
-        check_same_library(rows.array, self, self.means_, method)
-        return _Inference(rows, self._parameters, engine(rows, COVARIANCES[self.covariance_type]))
+        rows = validate_rows(self, X, reset=False, batch_size=self.batch_size, num_workers=self.num_workers)
+        check_same_library(rows.like, self, self.means_, method)
+        return _Inference(rows, self._parameters, engine(self._placed(rows), COVARIANCES[self.covariance_type]))
+
+    def _placed(self, rows: Rows | Stream) -> Rows | Stream:
+        """The rows where they are to be computed."""
+        return rows
 
     @property
     def _parameters(self) -> Parameters:
         return Parameters(self.weights_, self.means_, self.covariances_, self.precisions_cholesky_)
 
-    def _set_parameters(self, parameters: Parameters, rows: Rows) -> None:
+    def _set_parameters(self, parameters: Parameters, rows: Rows | Stream) -> None:
         """Publish parameters in the dtype of the data."""
-        moved = parameters.moved(rows.array, floating_dtype(rows.array))
+        moved = parameters.moved(rows.like, floating_dtype(rows.like))
         self.weights_, self.means_ = moved.weights, moved.means
         self.covariances_, self.precisions_cholesky_ = moved.covariances, moved.precision_cholesky
 
-    def _draw(self, n: int) -> tuple[Array, Array]:
-        """N rows drawn from the mixture, grouped by component, and their labels."""
+    def _draw(self, n: int) -> Array:
+        """N rows drawn from the mixture, grouped by component: (n, d)."""
         check_is_fitted(self, "means_")
         check_integer("the number of rows to sample", n, 1)
         random_state = random_generator(self.random_state)
@@ -232,18 +413,16 @@ class Mixture(DensityMixin, Persistent):
                 for i, (mean, count) in enumerate(zip(parameters.means, counts, strict=True))
             ]
         )
-        xp = array_namespace(self.means_)
-        labels = np.repeat(np.arange(counts.size), counts)
-        return asarray_like(rows, self.means_), asarray_like(labels, self.means_, xp.int64)
+        return asarray_like(rows, self.means_)
 
 
 class _Inference:
     """Predictions for some rows, as the caller sees them: in the floating dtype of the data."""
 
-    def __init__(self, rows: Rows, parameters: Parameters, on_rows: Engine) -> None:
+    def __init__(self, rows: Rows | Stream, parameters: Parameters, on_rows: Engine) -> None:
         self._engine = on_rows
-        self._parameters = parameters.moved(on_rows.rows.array, on_rows.rows.dtype)
-        self._like, self._dtype = rows.array, floating_dtype(rows.array)
+        self._parameters = parameters.moved(on_rows.rows.like, on_rows.rows.dtype)
+        self._like, self._dtype = rows.like, floating_dtype(rows.like)
 
     def labels(self) -> Array:
         labels = self._engine.labels(self._parameters)

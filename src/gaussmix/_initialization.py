@@ -11,10 +11,10 @@ import numpy as np
 from sklearn.cluster import kmeans_plusplus
 
 from gaussmix import _numpy
-from gaussmix._arrays import array_namespace, asarray_like
-from gaussmix._data import Rows
-from gaussmix._engine import Clusters, Engine
-from gaussmix._parameters import Parameters
+from gaussmix._arrays import array_namespace, asarray_like, to_numpy
+from gaussmix._data import Rows, Stream
+from gaussmix._engine import Clusters, Fitting
+from gaussmix._parameters import Parameters, maximize
 from gaussmix._typing import Array
 
 # Centroids of a sample of m rows have an inertia about k / m above those of all rows: under half a percent.
@@ -26,7 +26,7 @@ BLOCK_ELEMENTS = 2**18
 
 
 def initialize(
-    engine: Engine, k: int, strategy: str, random_state: np.random.RandomState, means: Array | None = None
+    engine: Fitting, k: int, strategy: str, random_state: np.random.RandomState, means: Array | None = None
 ) -> Parameters:
     """Parameters that EM starts from, for the rows of the engine.
 
@@ -39,14 +39,18 @@ def initialize(
             drawn = random_state.uniform(size=(n, k))
             return drawn / drawn.sum(axis=1, keepdims=True)
 
-        return engine.from_responsibilities(k, draw)
-    rows = engine.rows
-    if means is None:
-        means = find_means(rows, k, strategy, random_state)
-    return engine.from_means(asarray_like(means, rows.array, rows.dtype))
+        statistics = engine.spread(k, draw)
+        means = statistics.origin
+    else:
+        rows = engine.rows
+        if means is None:
+            means = find_means(rows, k, strategy, random_state)
+        means = asarray_like(means, rows.like, rows.dtype)
+        statistics = engine.assign(means)
+    return maximize(statistics, means, engine.covariance, engine.reg_covar)
 
 
-def find_means(rows: Rows, k: int, strategy: str, random_state: np.random.RandomState) -> Array:
+def find_means(rows: Rows | Stream, k: int, strategy: str, random_state: np.random.RandomState) -> Array:
     """Means (k, d) in float64 on the host, by "kmeans", "kmeans++" or "random_from_data"."""
     sample = rows.sample(max(SAMPLE_ROWS, SAMPLE_ROWS_PER_COMPONENT * k), random_state)
     seeds = SEEDS["random" if strategy == "random_from_data" else "kmeans++"](sample, k, random_state)
@@ -82,21 +86,30 @@ class KMeansResult:
     n_iter: int
 
 
-def lloyd(on_rows: Clusters, seeds: Array, *, tolerance: float, max_iter: int) -> KMeansResult:
+def lloyd(
+    on_rows: Clusters,
+    seeds: Array,
+    *,
+    tolerance: float,
+    max_iter: int,
+    callback: Callable[[int, float], None] | None = None,
+) -> KMeansResult:
     """k-means from these seeds (k, d), until centroids move by at most `tolerance` x the mean variance of a feature.
 
     The movement is the Frobenius norm over all centroids. A cluster without rows moves to the row that is farthest from
-    its own centroid.
+    its own centroid. `callback` sees (iteration, movement).
     """
     rows = on_rows.rows
-    xp = array_namespace(rows.array)
-    centroids = asarray_like(seeds, rows.array, rows.dtype)
+    xp = array_namespace(rows.like)
+    centroids = asarray_like(seeds, rows.like, rows.dtype)
     middle = rows.mean(max(1, BLOCK_ELEMENTS // rows.shape[1]))
     threshold = tolerance * mean_squared_distance(on_rows, middle[None, :]) / rows.shape[1]
     for n_iter in range(1, max_iter + 1):
         moved = _update(on_rows, centroids, middle)
         shift = float(xp.linalg.vector_norm(moved - centroids))
         centroids = moved
+        if callback:
+            callback(n_iter, shift)
         if shift <= threshold:
             return KMeansResult(centroids, True, n_iter)
     return KMeansResult(centroids, False, max_iter)
@@ -126,10 +139,11 @@ def _reseeded(on_rows: Clusters, centroids: Array, empty: Array, n_empty: int) -
     distances = on_rows.squared_distances(centroids)
     if rows.sample_weight is not None:
         distances = xp.where(rows.sample_weight > 0, distances, 0)
-    order = xp.argsort(distances, descending=True, stable=True)[:n_empty]
+    order = to_numpy(xp.argsort(distances, descending=True, stable=True)[:n_empty])
+    order = order[to_numpy(distances)[order] > 0]
     # The i-th empty cluster takes the i-th farthest row.
-    rank = xp.cumulative_sum(xp.astype(empty, xp.int64)) - 1
-    chosen = xp.take(order, xp.where(empty, rank, 0))
-    use = empty & (xp.take(distances, chosen) > 0)
-    farthest = xp.astype(xp.take(rows.array, chosen, axis=0), centroids.dtype)
-    return xp.where(use[:, None], farthest, centroids)
+    found = to_numpy(centroids).copy()
+    positions = np.flatnonzero(to_numpy(empty))[: len(order)]
+    increasing = np.argsort(order)
+    found[positions[increasing]] = rows.take(order[increasing])
+    return asarray_like(found, centroids)

@@ -1,19 +1,30 @@
 """KMeans with PyCave's signature."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 from typing import Any, Self
 
+import numpy as np
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from gaussmix import _array_api
-from gaussmix._arrays import array_namespace, asarray_like, floating_dtype
-from gaussmix._data import Rows
-from gaussmix._dispatch import clusters
+from gaussmix._arrays import array_namespace, asarray_like, floating_dtype, to_numpy
+from gaussmix._data import Rows, Stream
+from gaussmix._dispatch import clusters, distances, shareable
+from gaussmix._distributed import Group, launch
+from gaussmix._em import progress_bar
 from gaussmix._engine import Clusters
-from gaussmix._estimator import Persistent
-from gaussmix._initialization import SAMPLE_ROWS, SAMPLE_ROWS_PER_COMPONENT, SEEDS, lloyd, mean_squared_distance
-from gaussmix._trainer import max_epochs
+from gaussmix._estimator import Trained, takes_data
+from gaussmix._initialization import (
+    SAMPLE_ROWS,
+    SAMPLE_ROWS_PER_COMPONENT,
+    SEEDS,
+    KMeansResult,
+    lloyd,
+    mean_squared_distance,
+)
+from gaussmix._trainer import Settings
 from gaussmix._typing import Array
 from gaussmix._validation import (
     check_enough_rows,
@@ -33,7 +44,7 @@ class KMeansModel:
     centroids: Array  # (k, d)
 
 
-class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Persistent):
+class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Trained):
     """k-means by Lloyd's iterations over all rows, with PyCave's parameters.
 
     Parameters
@@ -47,7 +58,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Pe
     batch_size : int, optional
         Number of rows read at a time; the result does not depend on it.
     trainer_params : dict, optional
-        `max_epochs` is the largest number of iterations (default 300).
+        As for `GaussianMixture`; `max_epochs` is the largest number of iterations (default 300).
     random_state : int, RandomState instance or None, default None
         Seeds the start. None draws a fresh seed and leaves NumPy's global generator untouched.
 
@@ -55,8 +66,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Pe
     ----------
     centroids_ : array of shape (k, d)
         In the library, on the device and in the dtype of the data.
-    model_ : KMeansModel
-        The same array as `centroids`.
+    model_ : gaussmix.torch.KMeansModel
+        A torch module with the same memory as `centroids`; without torch, an object with this attribute.
     converged_ : bool
         Whether the last movement was below the tolerance.
     num_iter_ : int
@@ -80,6 +91,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Pe
     converged_: bool
     num_iter_: int
     inertia_: float
+    n_features_in_: int
+    _max_epochs = 300
 
     def __init__(
         self,
@@ -98,6 +111,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Pe
         self.trainer_params = trainer_params
         self.random_state = random_state
 
+    @takes_data
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Find the centroids.
 
@@ -122,22 +136,23 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Pe
         check_integer("num_clusters", self.num_clusters, 1)
         check_option("init_strategy", self.init_strategy, SEEDS)
         check_real("convergence_tolerance", self.convergence_tolerance)
-        max_iter = max_epochs(self.trainer_params, default=300)
+        settings = self._settings()
         rows = validate_rows(self, X, reset=True, sample_weight=sample_weight, batch_size=self.batch_size)
         k = self.num_clusters
         check_enough_rows(rows, "num_clusters", k)
 
         random_state = random_generator(self.random_state)
-        sample = rows.sample(max(SAMPLE_ROWS, SAMPLE_ROWS_PER_COMPONENT * k), random_state)
-        seeds = SEEDS[self.init_strategy](sample, k, random_state)
-        on_rows = clusters(rows)
-        result = lloyd(on_rows, seeds, tolerance=self.convergence_tolerance, max_iter=max_iter)
-
-        self.centroids_ = asarray_like(result.centroids, rows.array, floating_dtype(rows.array))
+        run = _Run(k, self.init_strategy, self.convergence_tolerance, settings)
+        if settings.fabric is None:
+            result, self.inertia_ = run(settings.placed(rows), random_state)
+        else:
+            result, self.inertia_ = launch(settings.fabric, partial(run.shared, shareable(rows), random_state))
+        like = settings.rounded(rows.like[:0, :])
+        self.centroids_ = asarray_like(result.centroids, like, floating_dtype(like))
         self.converged_, self.num_iter_ = result.converged, result.n_iter
-        self.inertia_ = mean_squared_distance(on_rows, result.centroids)
         return self
 
+    @takes_data
     def predict(self, X: Any) -> Array:
         """Nearest centroid of each row.
 
@@ -152,14 +167,16 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Pe
             In the library and on the device of X.
         """
         rows = self._rows(X, "predict")
-        on_rows = clusters(rows)
+        on_rows = clusters(self._settings(warn=False).placed(rows))
         labels = on_rows.labels(self._centroids(on_rows))
-        return asarray_like(labels, rows.array, array_namespace(rows.array).int64)
+        return asarray_like(labels, rows.like, array_namespace(rows.like).int64)
 
+    @takes_data
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Array:
         """Find the centroids and return the labels of the same rows, as `fit(X).predict(X)` does."""
         return self.fit(X, y, sample_weight).predict(X)
 
+    @takes_data
     def transform(self, X: Any) -> Array:
         """Euclidean distances to all centroids.
 
@@ -174,13 +191,16 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Pe
             In the units, the library, on the device and in the dtype of X.
         """
         rows = self._rows(X, "transform")
-        on_rows = _array_api.Clusters(rows)
-        return asarray_like(on_rows.distances(self._centroids(on_rows)), rows.array, floating_dtype(rows.array))
+        placed = self._settings(warn=False).placed(rows)
+        found = distances(placed, asarray_like(self.centroids_, placed.like, placed.dtype))
+        return asarray_like(found, rows.like, floating_dtype(rows.like))
 
+    @takes_data
     def fit_transform(self, X: Any, y: Any = None, sample_weight: Any = None) -> Array:
         """Find the centroids and return the distances of the same rows, as `fit(X).transform(X)` does."""
         return self.fit(X, y, sample_weight).transform(X)
 
+    @takes_data
     def score_samples(self, X: Any) -> Array:
         """Squared distance of each row to the nearest centroid.
 
@@ -195,10 +215,11 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Pe
             In squared units of the data; in the library, on the device and in the dtype of X.
         """
         rows = self._rows(X, "score_samples")
-        on_rows = clusters(rows)
+        on_rows = clusters(self._settings(warn=False).placed(rows))
         found = on_rows.squared_distances(self._centroids(on_rows))
-        return asarray_like(found, rows.array, floating_dtype(rows.array))
+        return asarray_like(found, rows.like, floating_dtype(rows.like))
 
+    @takes_data
     def score(self, X: Any, y: Any = None) -> float:
         """Mean squared distance of a row to its centroid: smaller is better.
 
@@ -213,23 +234,58 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Pe
         -------
         inertia : float
         """
-        on_rows = clusters(self._rows(X, "score"))
+        on_rows = clusters(self._settings(warn=False).placed(self._rows(X, "score")))
         return mean_squared_distance(on_rows, self._centroids(on_rows))
 
     @property
-    def model_(self) -> KMeansModel:
-        """The centroids under PyCave's name."""
-        return KMeansModel(self.centroids_)
+    def model_(self) -> Any:
+        """The centroids as a `gaussmix.torch.KMeansModel`; without torch, an object with the same attribute."""
+        if find_spec("torch") is None:
+            return KMeansModel(self.centroids_)
+        from gaussmix.torch import KMeansModel as Module
+
+        return Module.of(self.centroids_)
 
     @property
     def _n_features_out(self) -> int:
         return self.num_clusters
 
-    def _rows(self, X: Any, method: str) -> Rows:
+    def _rows(self, X: Any, method: str) -> Rows | Stream:
         check_is_fitted(self, "centroids_")
         rows = validate_rows(self, X, reset=False, batch_size=self.batch_size)
-        check_same_library(rows.array, self, self.centroids_, method)
+        check_same_library(rows.like, self, self.centroids_, method)
         return rows
 
     def _centroids(self, on_rows: Clusters) -> Array:
-        return asarray_like(self.centroids_, on_rows.rows.array, on_rows.rows.dtype)
+        return asarray_like(self.centroids_, on_rows.rows.like, on_rows.rows.dtype)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A fit, apart from its data and its random numbers: what other processes are told."""
+
+    k: int
+    init_strategy: str
+    tolerance: float
+    settings: Settings
+
+    def __call__(
+        self, rows: Rows | Stream, random_state: np.random.RandomState, group: Group | None = None
+    ) -> tuple[KMeansResult, float]:
+        """Seeds and Lloyd's iterations: the result and its inertia."""
+        sample = rows.sample(max(SAMPLE_ROWS, SAMPLE_ROWS_PER_COMPONENT * self.k), random_state)
+        seeds = SEEDS[self.init_strategy](sample, self.k, random_state)
+        on_rows = clusters(rows, group)
+        max_iter = self.settings.max_epochs
+        is_shown = self.settings.progress_bar and (group is None or group.rank == 0)
+        with progress_bar(is_shown, max_iter, "movement") as show:
+            result = lloyd(on_rows, seeds, tolerance=self.tolerance, max_iter=max_iter, callback=show)
+        return result, mean_squared_distance(on_rows, result.centroids)
+
+    def shared(
+        self, rows: Rows | Stream, random_state: np.random.RandomState, group: Group
+    ) -> tuple[KMeansResult, float]:
+        """The same in several processes; with arrays in host memory, which travel between them."""
+        rows = replace(self.settings, device=group.device).placed(rows)
+        result, inertia = self(rows, group.from_first(random_state), group)
+        return replace(result, centroids=to_numpy(result.centroids)), inertia

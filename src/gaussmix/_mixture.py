@@ -1,17 +1,25 @@
 """GaussianMixture with PyCave's signature."""
 
-import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 from typing import Any, Self
 
+import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
-from gaussmix._dispatch import engine
-from gaussmix._em import run_em
-from gaussmix._estimator import Mixture
+from gaussmix import _interop
+from gaussmix._arrays import to_numpy
+from gaussmix._covariance import COVARIANCES
+from gaussmix._data import Rows, Stream
+from gaussmix._dispatch import engine, shareable, shared_engine
+from gaussmix._distributed import Group, launch
+from gaussmix._em import EMResult, progress_bar, run_em
+from gaussmix._engine import Fitting
+from gaussmix._estimator import Mixture, Trained, takes_data
 from gaussmix._initialization import initialize
-from gaussmix._trainer import max_epochs
+from gaussmix._trainer import Settings
 from gaussmix._typing import Array
 from gaussmix._validation import (
     check_covariance_type,
@@ -23,8 +31,6 @@ from gaussmix._validation import (
     validate_array,
     validate_rows,
 )
-
-logger = logging.getLogger("gaussmix")
 
 INIT_STRATEGIES = ("kmeans", "kmeans++", "random", "random_from_data")
 
@@ -39,7 +45,7 @@ class MixtureModel:
     covariances: Array  # the same shape
 
 
-class GaussianMixture(Mixture):
+class GaussianMixture(Mixture, Trained):
     """Gaussian mixture fitted by expectation-maximisation, with PyCave's parameters and signs.
 
     `score` and `score_samples` are **negative** log-likelihoods: smaller is better. `gaussmix.sklearn.GaussianMixture`
@@ -65,10 +71,14 @@ class GaussianMixture(Mixture):
     batch_size : int, optional
         Largest number of rows read at a time. EM is exact whatever it is; it only bounds memory.
     trainer_params : dict, optional
-        `max_epochs` is the largest number of EM iterations (default 100). Settings of Lightning that do not matter here
-        are accepted and ignored.
+        Settings of a Lightning Trainer, of which these mean something here: `max_epochs`, the largest number of EM
+        iterations (default 100); `accelerator` ("cpu", "gpu", "cuda", "auto") and `devices` ([i]), where rows are
+        computed (default: where they are; results come back to where they were); `precision` (32 or 64), the dtype of
+        rows and results; `enable_progress_bar`, on stderr (default: where the level of the logger "gaussmix" is INFO).
+        `devices` above 1, `num_nodes`, `strategy` and `plugins` have Lightning Fabric start processes that share the
+        rows. `logger`, checkpoints and the like are ignored. Stored as passed.
     num_workers : int, default 0
-        Stored; there for scripts that pass it.
+        Processes that load a torch `Dataset` passed for X.
     random_state : int, RandomState instance or None, default None
         Seeds the start and `sample`. The same value gives the same start in every array library. None draws a fresh
         seed and leaves NumPy's global generator untouched.
@@ -80,8 +90,9 @@ class GaussianMixture(Mixture):
     covariances_, precisions_cholesky_ : array
         Shape (k, d, d) for "full", (d, d) for "tied", (k, d) for "diag", (k,) for "spherical". U is upper triangular
         with U U^T = Sigma^-1. Like all arrays here in the library, on the device and in the dtype of the data.
-    model_ : MixtureModel
-        The same arrays as `component_probs`, `means`, `covariances`, `precisions_cholesky`.
+    model_ : gaussmix.GaussianMixtureModel
+        A torch module with the same memory, as `component_probs`, `means`, `precisions_cholesky`, and `covariances`.
+        Without torch, an object with these attributes.
     converged_ : bool
         Whether the last change was below the tolerance.
     num_iter_ : int
@@ -143,6 +154,7 @@ class GaussianMixture(Mixture):
         self.num_workers = num_workers
         self.random_state = random_state
 
+    @takes_data
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Fit the mixture to the rows of X.
 
@@ -151,7 +163,9 @@ class GaussianMixture(Mixture):
         X : array-like of shape (n, d)
             NumPy, CuPy or torch array, any other array of the array API standard, list or data frame. float32 stays
             float32, half precision becomes float32, integers become float64; sums run in float64 in any case. A
-            `numpy.memmap` is read block by block.
+            `numpy.memmap` is read block by block. Also a torch `Dataset` or `DataLoader`, or any object that gives
+            blocks of rows (or tuples that begin with one) each time it is iterated over: gone through twice for the
+            start and once an iteration. `data` is another name for X.
         y : None
             Ignored; there for scikit-learn's pipelines.
         sample_weight : array-like of shape (n,), optional
@@ -174,37 +188,57 @@ class GaussianMixture(Mixture):
             If EM did not converge within `max_epochs` iterations.
         """
         check_integer("num_components", self.num_components, 1)
-        covariance = check_covariance_type(self.covariance_type)
+        check_covariance_type(self.covariance_type)
         check_option("init_strategy", self.init_strategy, INIT_STRATEGIES)
         check_real("convergence_tolerance", self.convergence_tolerance)
         check_real("covariance_regularization", self.covariance_regularization)
-        max_iter = max_epochs(self.trainer_params)
+        settings = self._settings()
         random_state = random_generator(self.random_state)
-        rows = validate_rows(self, X, reset=True, min_rows=2, sample_weight=sample_weight, batch_size=self.batch_size)
+        rows = validate_rows(
+            self,
+            X,
+            reset=True,
+            min_rows=2,
+            sample_weight=sample_weight,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+        )
         k = self.num_components
         check_enough_rows(rows, "num_components", k)
         means = self.init_means
         if means is not None:
             means = validate_array("init_means", means, (k, rows.shape[1]))
 
-        on_rows = engine(rows, covariance, self.covariance_regularization)
-        start = initialize(on_rows, k, self.init_strategy, random_state, means)
-        result = run_em(on_rows, start, tolerance=self.convergence_tolerance, max_iter=max_iter)
-        if max_iter and not result.converged:
-            warnings.warn(
-                f"EM did not converge within {max_iter} iterations; increase trainer_params['max_epochs'] or "
-                f"convergence_tolerance (now {self.convergence_tolerance:g})",
-                ConvergenceWarning,
-                stacklevel=2,
+        run = _Run(
+            k,
+            self.covariance_type,
+            self.init_strategy,
+            means,
+            self.covariance_regularization,
+            self.convergence_tolerance,
+            settings,
+        )
+        if settings.fabric is None:
+            result, self.backend_, self.precision_ = run(settings.placed(rows), random_state)
+        else:
+            result, self.backend_, self.precision_ = launch(
+                settings.fabric, partial(run.shared, shareable(rows), random_state)
             )
-        self._set_parameters(result.parameters, rows)
+        if settings.max_epochs and not result.converged:
+            warnings.warn(
+                f"EM did not converge within {settings.max_epochs} iterations; increase trainer_params['max_epochs'] "
+                f"or convergence_tolerance (now {self.convergence_tolerance:g})",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        self._set_parameters(result.parameters, Rows(settings.rounded(rows.like[:0, :])))
         self.converged_ = result.converged
         self.num_iter_ = len(result.lower_bounds)
         self.lower_bounds_ = result.lower_bounds
         self.nll_ = -result.lower_bounds[-1] if result.lower_bounds else float("inf")
-        self.backend_, self.precision_ = on_rows.backend, on_rows.precision
         return self
 
+    @takes_data
     def score_samples(self, X: Any) -> Array:
         """Negative log-likelihood of each row, in nats.
 
@@ -225,6 +259,7 @@ class GaussianMixture(Mixture):
         """
         return -self._on(X, "score_samples").log_evidence()
 
+    @takes_data
     def score(self, X: Any, y: Any = None) -> float:
         """Mean negative log-likelihood of a row, in nats: smaller is better.
 
@@ -260,9 +295,137 @@ class GaussianMixture(Mixture):
             Grouped by component; in the library, on the device and in the dtype of the fitted arrays. An integer
             `random_state` draws the same rows at each call.
         """
-        return self._draw(num_datapoints)[0]
+        return self._draw(num_datapoints)
+
+    def to_sklearn(self) -> Any:
+        """The same mixture as a `sklearn.mixture.GaussianMixture`, whose `score` is the negative of ours.
+
+        `batch_size`, `num_workers` and all of `trainer_params` but `max_epochs` have no counterpart there.
+
+        Returns
+        -------
+        mixture : sklearn.mixture.GaussianMixture
+            With copies of the parameters and of every fitted attribute that the class has, as NumPy arrays.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+            Before `fit`.
+
+        Examples
+        --------
+        >>> from gaussmix import GaussianMixture
+        >>> mixture = GaussianMixture(2, random_state=0).fit([[0.0], [1.0], [10.0], [11.0]])
+        >>> abs(mixture.to_sklearn().score([[5.0]]) + mixture.score([[5.0]])) < 1e-9
+        True
+        """
+        params = {
+            "n_components": self.num_components,
+            "covariance_type": self.covariance_type,
+            "tol": self.convergence_tolerance,
+            "reg_covar": self.covariance_regularization,
+            "max_iter": (self.trainer_params or {}).get("max_epochs", self._max_epochs),
+            "init_params": self.init_strategy.replace("kmeans++", "k-means++"),
+            "means_init": self.init_means,
+            "random_state": self.random_state,
+        }
+        fitted = _interop.attributes(self)
+        if hasattr(self, "num_iter_"):
+            fitted |= {"n_iter_": self.num_iter_, "lower_bound_": -self.nll_}
+        return _interop.to_sklearn(self, params, fitted)
+
+    @classmethod
+    def from_sklearn(cls, mixture: Any) -> Self:
+        """The mixture that a `sklearn.mixture.GaussianMixture` was fitted to.
+
+        Parameters
+        ----------
+        mixture : sklearn.mixture.GaussianMixture
+            A fitted one. Not a `BayesianGaussianMixture`: it predicts with the spread of its posterior, which a
+            Gaussian mixture with the same `weights_`, `means_` and `covariances_` does not have.
+
+        Returns
+        -------
+        mixture
+            With copies of its fitted attributes, in the library in which it holds them, and of the parameters that have
+            a counterpart here: not `n_init`, `weights_init`, `precisions_init`, `warm_start` and `verbose`.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+            If `mixture` is not fitted.
+        TypeError
+            If it is of another class.
+
+        Examples
+        --------
+        >>> import sklearn.mixture
+        >>> from gaussmix import GaussianMixture
+        >>> x = [[0.0], [1.0], [10.0], [11.0]]
+        >>> mixture = GaussianMixture.from_sklearn(sklearn.mixture.GaussianMixture(2, random_state=0).fit(x))
+        >>> sorted(round(mean, 6) for mean in mixture.means_[:, 0].tolist())
+        [0.5, 10.5]
+        """
+        params, parameters, fitted = _interop.from_sklearn(mixture)
+        converted = cls(
+            params["n_components"],
+            covariance_type=params["covariance_type"],
+            init_strategy=params["init_params"].replace("k-means++", "kmeans++"),
+            init_means=params["means_init"],
+            convergence_tolerance=params["tol"],
+            covariance_regularization=params["reg_covar"],
+            trainer_params={"max_epochs": params["max_iter"]},
+            random_state=params["random_state"],
+        )
+        converted._set_parameters(parameters, Rows(parameters.means))
+        if "n_iter_" in fitted:
+            fitted |= {"num_iter_": fitted.pop("n_iter_"), "nll_": -fitted.pop("lower_bound_")}
+        for name, value in fitted.items():
+            setattr(converted, name, value)
+        return converted
 
     @property
-    def model_(self) -> MixtureModel:
-        """The fitted parameters under PyCave's names."""
-        return MixtureModel(self.weights_, self.means_, self.precisions_cholesky_, self.covariances_)
+    def model_(self) -> Any:
+        """The mixture as a `gaussmix.GaussianMixtureModel`; without torch, an object with the same attributes."""
+        if find_spec("torch") is None:
+            return MixtureModel(self.weights_, self.means_, self.precisions_cholesky_, self.covariances_)
+        from gaussmix.torch import GaussianMixtureModel
+
+        return GaussianMixtureModel.of(self.weights_, self.means_, self.precisions_cholesky_, self.covariance_type)
+
+    def _placed(self, rows: Rows | Stream) -> Rows | Stream:
+        return self._settings(warn=False).placed(rows)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A fit, apart from its data and its random numbers: what other processes are told."""
+
+    k: int
+    covariance_type: str
+    init_strategy: str
+    means: Array | None
+    reg_covar: float
+    tolerance: float
+    settings: Settings
+
+    def __call__(
+        self, rows: Rows | Stream, random_state: np.random.RandomState, group: Group | None = None
+    ) -> tuple[EMResult, str, str]:
+        """Start and EM: the result, the implementation and its arithmetic."""
+        of = (rows, COVARIANCES[self.covariance_type], self.reg_covar)
+        on_rows: Fitting = engine(*of) if group is None else shared_engine(*of, group)
+        start = initialize(on_rows, self.k, self.init_strategy, random_state, self.means)
+        max_iter = self.settings.max_epochs
+        is_shown = self.settings.progress_bar and (group is None or group.rank == 0)
+        with progress_bar(is_shown, max_iter, "log-likelihood") as show:
+            result = run_em(on_rows, start, tolerance=self.tolerance, max_iter=max_iter, callback=show)
+        return result, on_rows.backend, on_rows.precision
+
+    def shared(
+        self, rows: Rows | Stream, random_state: np.random.RandomState, group: Group
+    ) -> tuple[EMResult, str, str]:
+        """The same in several processes; with arrays in host memory, which travel between them."""
+        rows = replace(self.settings, device=group.device).placed(rows)
+        result, backend, precision = self(rows, group.from_first(random_state), group)
+        return replace(result, parameters=result.parameters.mapped(to_numpy)), backend, precision

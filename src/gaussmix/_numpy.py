@@ -27,12 +27,12 @@ from array_api_compat import is_numpy_array, is_torch_array
 from scipy.sparse import csc_array
 from threadpoolctl import ThreadpoolController
 
-from gaussmix import _array_api, _pruning
+from gaussmix import _array_api, _engine, _pruning
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import Covariance
 from gaussmix._data import Rows, slices
 from gaussmix._engine import Progress
-from gaussmix._parameters import Parameters, SingularCovarianceError, SufficientStatistics, maximize
+from gaussmix._parameters import Parameters, SufficientStatistics
 from gaussmix._typing import Array
 
 logger = logging.getLogger("gaussmix")
@@ -190,9 +190,10 @@ class Engine(_Threaded):
 
     backend = "numpy"
 
-    def __init__(self, rows: Rows, covariance: Covariance, reg_covar: float) -> None:
+    def __init__(self, rows: Rows, covariance: Covariance, reg_covar: float, middle: Array | None = None) -> None:
         super().__init__(rows)
         self.covariance, self.reg_covar = covariance, reg_covar
+        self._middle_of_rows = middle
         self._dtype = np.dtype(np.float32 if self.rows.array.dtype == np.float32 else np.float64)
         self._forms = [form for form in FORMS if form.dtype.itemsize >= self._dtype.itemsize]
         self._labels: Array | None = None
@@ -204,8 +205,19 @@ class Engine(_Threaded):
         """The arithmetic of the last E-step; before it, of the next."""
         return FORMS[-1].precision if self._was_pruned else self._forms[0].precision
 
-    def from_means(self, means: Array) -> Parameters:
-        """Parameters of the rows that are nearest to each of `means` (k, d)."""
+    @property
+    def is_last(self) -> bool:
+        """Whether no form could be more exact than the one in use."""
+        return len(self._forms) == 1
+
+    def on(self, rows: Rows) -> "Engine":
+        """The engine for other rows: about the same point, in the same form from now on."""
+        other = Engine(rows, self.covariance, self.reg_covar, self._shift)
+        other._forms = self._forms
+        return other
+
+    def assign(self, means: Array) -> SufficientStatistics:
+        """Statistics of the rows that are nearest to each of `means` (k, d)."""
         labels = np.empty(self.rows.shape[0], dtype=np.min_scalar_type(-len(means)))
 
         def statistics(slab: slice) -> SufficientStatistics:
@@ -216,50 +228,25 @@ class Engine(_Threaded):
 
         total = _total(self._run(statistics, len(means)))
         self._labels = labels
-        return maximize(total, means, self.covariance, self.reg_covar)
+        return total
 
-    def from_responsibilities(self, k: int, draw: Callable[[int], Array]) -> Parameters:
-        """Parameters for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
+    def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:
+        """Statistics for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
         # All means are about the middle of the data, so that nothing cancels here; rows are drawn for in order.
-        return _array_api.Engine(self.rows, self.covariance, self.reg_covar).from_responsibilities(k, draw)
+        return _array_api.Engine(self.rows, self.covariance, self.reg_covar, self._middle_of_rows).spread(k, draw)
 
     def advance(self, parameters: Parameters, *, at_most: int, previous: float, tolerance: float) -> Progress:
         """Up to `at_most` EM iterations; stops where a lower bound is within `tolerance` of the one before."""
-        bounds: list[float] = []
         with one_blas_thread():
             self._fall_back_for(parameters, self._shift)
-            while len(bounds) < at_most:
-                bound, parameters = self._iterate(parameters)
-                bounds.append(bound)
-                converged = abs(bound - previous) < tolerance
-                previous = bound
-                if converged or not math.isfinite(bound):
-                    break
-        return Progress(parameters, tuple(bounds), converged)
+            return _engine.advance(self, parameters, at_most=at_most, previous=previous, tolerance=tolerance)
 
-    def _iterate(self, parameters: Parameters) -> tuple[float, Parameters]:
-        """One EM iteration: the lower bound of `parameters`, and the parameters after it."""
-        while True:
-            form = self._forms[0]
-            statistics = self.expect(parameters)
-            bound = statistics.lower_bound
-            last = len(self._forms) == 1
-            if not math.isfinite(bound):
-                if last:
-                    return bound, parameters
-                self._fall_back(f"the log-likelihood came out as {bound}")
-                continue
-            try:
-                new = maximize(statistics, parameters.means, self.covariance, self.reg_covar)
-            except SingularCovarianceError:
-                if last:
-                    raise
-                self._fall_back("a covariance came out singular")
-                continue
-            # The moments cancel as far as the new parameters say; those of the pruned step do not.
-            self._fall_back_for(new, self._shift)
-            if form is self._forms[0] or self._was_pruned:
-                return bound, new
+    def is_exact_for(self, parameters: Parameters) -> bool:
+        """Whether statistics in the form in use are exact enough for these parameters; the form is left where not."""
+        form = self._forms[0]
+        # The moments cancel as far as the new parameters say; those of the pruned step do not.
+        self._fall_back_for(parameters, self._shift)
+        return form is self._forms[0] or self._was_pruned
 
     def expect(self, parameters: Parameters) -> SufficientStatistics:
         """Statistics of all rows."""
@@ -410,7 +397,7 @@ class Engine(_Threaded):
         natural = natural_parameters(parameters, shift, self.covariance)
         largest = float(np.abs(natural).max())
         while self._forms[0].expanded and not largest <= 1e-6 * float(np.finfo(self._forms[0].dtype).max):
-            self._fall_back(f"precisions reach {largest:.3g}")
+            self.fall_back(f"precisions reach {largest:.3g}")
         return natural.astype(self._forms[0].dtype)
 
     def _fall_back_for(self, parameters: Parameters, shift: Array) -> None:
@@ -425,9 +412,10 @@ class Engine(_Threaded):
             eps = float(np.finfo(self._forms[0].dtype).eps)
             if eps * kappa <= TOLERANCE[self._dtype] and eps * ratio <= VARIANCE_TOLERANCE[self._dtype]:
                 return
-            self._fall_back(f"kappa is {kappa:.3g}, (variance + offset^2) / variance {ratio:.3g}")
+            self.fall_back(f"kappa is {kappa:.3g}, (variance + offset^2) / variance {ratio:.3g}")
 
-    def _fall_back(self, reason: str) -> None:
+    def fall_back(self, reason: str) -> None:
+        """Leave the form in use for the next one."""
         left = self._forms.pop(0)
         self._kept.clear()
         logger.info("%s left for %s: %s", left.precision, self.precision, reason)
@@ -446,8 +434,9 @@ class Engine(_Threaded):
 
     @cached_property
     def _shift(self) -> Array:
-        """The mean of the rows, in float64 but with no more digits than the data: x - shift is rounded once."""
-        mean = self.rows.mean(BLOCK_ROWS[1])
+        """The mean of the data set, in float64 but with no more digits than the data: x - shift is rounded once."""
+        given = self._middle_of_rows
+        mean = self.rows.mean(BLOCK_ROWS[1]) if given is None else to_numpy(given)
         dtype = self.rows.array.dtype
         return mean.astype(dtype).astype(np.float64) if np.issubdtype(dtype, np.floating) else mean
 

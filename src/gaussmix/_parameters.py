@@ -55,6 +55,23 @@ class SufficientStatistics:
             self.log_likelihood + other.log_likelihood,
         )
 
+    def about(self, origin: Array, covariance: Covariance) -> "SufficientStatistics":
+        """The same statistics about another origin."""
+        if origin is self.origin:
+            return self
+        xp = array_namespace(self.counts)
+        # Both origins as seen from the components' means, about which second moments are smallest.
+        shifts = self.first_moments / xp.where(self.counts > 0, self.counts, 1)[:, None]
+        moved = shifts + (self.origin - origin)
+        central = covariance.recentre(self.second_moments, self.counts, shifts)
+        return SufficientStatistics(
+            origin,
+            self.counts,
+            self.counts[:, None] * moved,
+            covariance.recentre(central, -self.counts, moved),
+            self.log_likelihood,
+        )
+
     @property
     def lower_bound(self) -> float:
         """Mean log-evidence of the rows."""

@@ -9,7 +9,6 @@ is what an unfitted estimator consists of.
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +17,11 @@ import numpy as np
 from array_api_compat import is_array_api_obj
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
+from sklearn.utils.validation import check_is_fitted
 
+from gaussmix import _old_models
 from gaussmix._arrays import to_numpy
+from gaussmix._files import damaged, make_folder, read_json, replace
 
 FORMAT = 1
 PARAMS, MODEL = "params.json", "model.safetensors"
@@ -29,31 +31,58 @@ E = TypeVar("E")
 
 def save(estimator: Any, path: str | os.PathLike[str]) -> None:
     """Write the estimator to the directory `path`."""
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; pass the path of a directory")
-    params = _header(estimator) | {"params": _parameters(estimator)}
-    fitted = {name: value for name, value in vars(estimator).items() if name.endswith("_") and name[0] != "_"}
-    arrays = {name: np.ascontiguousarray(to_numpy(value)) for name, value in fitted.items() if _is_numeric(value)}
-    attributes = {name: _encode(name, value) for name, value in fitted.items() if name not in arrays}
-
-    folder.mkdir(parents=True, exist_ok=True)
-    statement = json.dumps(params, indent=2).encode()
-    if fitted:
-        metadata = params | {"attributes": attributes, "sha256": _digest(arrays)}
-        _replace(folder / MODEL, serialize(arrays, {"gaussmix": json.dumps(metadata)}))
-    _replace(folder / PARAMS, statement)
-    if not fitted:
+    params = _statement(estimator)
+    model = _model(estimator, params) if estimator.persistent_attributes else None
+    folder = make_folder(path)
+    if model is not None:
+        replace(folder / MODEL, model)
+    replace(folder / PARAMS, json.dumps(params, indent=2).encode())
+    if model is None:
         (folder / MODEL).unlink(missing_ok=True)
 
 
-def load(cls: type[E], path: str | os.PathLike[str]) -> E:
+def save_parameters(estimator: Any, path: str | os.PathLike[str]) -> None:
+    """Write the constructor's parameters to the directory `path`."""
+    params = _statement(estimator)
+    replace(make_folder(path) / PARAMS, json.dumps(params, indent=2).encode())
+
+
+def save_attributes(estimator: Any, path: str | os.PathLike[str]) -> None:
+    """Write the fitted attributes to the directory `path`."""
+    check_is_fitted(estimator)
+    model = _model(estimator, _statement(estimator))
+    replace(make_folder(path) / MODEL, model)
+
+
+def load(cls: type[E], path: str | os.PathLike[str], allow_pickle: bool = False) -> E:
     """Read an estimator of this class from the directory `path`."""
     folder = Path(path)
+    if not (folder / MODEL).is_file() and _old_models.is_one(folder):
+        return _old_models.load(cls, folder, allow_pickle)
+    estimator, attributes = _read(cls, folder)
+    vars(estimator).update(attributes)
+    return estimator
+
+
+def load_parameters(cls: type[E], path: str | os.PathLike[str]) -> E:
+    """Read an estimator of this class, without its fitted attributes, from the directory `path`."""
+    return _read(cls, Path(path))[0]
+
+
+def load_attributes(estimator: Any, path: str | os.PathLike[str]) -> None:
+    """Read the fitted attributes of an estimator of this class from the directory `path`."""
+    folder = Path(path)
+    if not (folder / MODEL).is_file():
+        raise FileNotFoundError(f"{folder} holds no fitted attributes: {MODEL} is not there; fit the estimator first")
+    vars(estimator).update(_read(type(estimator), folder)[1])
+
+
+def _read(cls: type[E], folder: Path) -> tuple[E, dict[str, Any]]:
+    """An unfitted estimator, and its fitted attributes."""
     if (folder / MODEL).is_file():
         arrays, metadata = _read_model(folder / MODEL)
     elif (folder / PARAMS).is_file():
-        arrays, metadata = {}, _read_params(folder / PARAMS)
+        arrays, metadata = {}, read_json(folder / PARAMS)
     else:
         raise FileNotFoundError(f"{folder} holds no saved estimator: neither {MODEL} nor {PARAMS} is there")
     _check_header(cls, metadata, folder)
@@ -61,14 +90,28 @@ def load(cls: type[E], path: str | os.PathLike[str]) -> E:
         estimator = cls(**{name: _decode(value) for name, value in metadata["params"].items()})
         attributes = {name: _decode(value) for name, value in metadata.get("attributes", {}).items()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} is damaged or not a saved {cls.__name__} ({error}); save it again") from error
-    vars(estimator).update(attributes | arrays)
-    return estimator
+        raise damaged(folder, f"{error}, so that it is no {cls.__name__}") from error
+    return estimator, attributes | arrays
 
 
-def _header(estimator: Any) -> dict[str, Any]:
-    cls = type(estimator)
-    return {"format": FORMAT, "class": f"{cls.__module__}.{cls.__qualname__}"}
+def _statement(estimator: Any) -> dict[str, Any]:
+    """What `params.json` says."""
+    return {"format": FORMAT, "class": _class_name(type(estimator)), "params": _parameters(estimator)}
+
+
+def _model(estimator: Any, params: dict[str, Any]) -> bytes:
+    """What `model.safetensors` holds."""
+    fitted = {name: getattr(estimator, name) for name in estimator.persistent_attributes}
+    arrays = {name: np.ascontiguousarray(to_numpy(value)) for name, value in fitted.items() if _is_numeric(value)}
+    attributes = {name: _encode(name, value) for name, value in fitted.items() if name not in arrays}
+    metadata = params | {"attributes": attributes, "sha256": _digest(arrays)}
+    return serialize(arrays, {"gaussmix": json.dumps(metadata)})
+
+
+def _class_name(cls: type) -> str:
+    """The class that the files are of: of those that `gaussmix.accel` puts in PyCave's place, the one that they are."""
+    cls = getattr(cls, "_stands_for", cls)
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _check_header(cls: type, metadata: Any, folder: Path) -> None:
@@ -78,7 +121,7 @@ def _check_header(cls: type, metadata: Any, folder: Path) -> None:
         raise ValueError(
             f"{folder} has format {metadata['format']}, this version reads format {FORMAT}; update gaussmix"
         )
-    expected = f"{cls.__module__}.{cls.__qualname__}"
+    expected = _class_name(cls)
     if metadata["class"] != expected:
         raise ValueError(f"{folder} holds a {metadata['class']}, not a {expected}; load it with that class")
 
@@ -90,7 +133,7 @@ def _parameters(estimator: Any) -> dict[str, Any]:
             "random_state is a generator, which is not saved; the loaded estimator has random_state=None (pass an "
             "integer to keep it)",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
         params["random_state"] = None
     return {name: _encode(name, value) for name, value in params.items()}
@@ -134,36 +177,7 @@ def _read_model(path: Path) -> tuple[dict[str, Any], Any]:
             metadata = json.loads((file.metadata() or {}).get("gaussmix", "null"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}; save the estimator again") from error
+        raise damaged(path, error) from error
     if isinstance(metadata, dict) and metadata.get("sha256") != _digest(arrays):
-        raise ValueError(f"{path} is damaged: its arrays are not those that were saved; save the estimator again")
+        raise damaged(path, "its arrays are not those that were saved")
     return arrays, metadata
-
-
-def _read_params(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; save the estimator again") from error
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file aside, then rename it into place."""
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o666 & ~_umask())
-        os.replace(aside, path)
-    except BaseException:
-        os.unlink(aside)
-        raise
-
-
-def _umask() -> int:
-    """The process's mask; mkstemp makes files that only their owner reads."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,40 +1,185 @@
-"""PyCave's `trainer_params`: what of Lightning's settings means something here."""
+"""PyCave's `trainer_params`: what Lightning's settings mean where no Trainer runs."""
 
+import logging
+import sys
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
+from array_api_compat import is_cupy_array, is_torch_array
+
+from gaussmix._arrays import array_namespace
+from gaussmix._data import Rows, Stream
+from gaussmix._typing import Array
 from gaussmix._validation import check_integer
 
-# Logging, checkpoints and summaries of Lightning's Trainer, which does not run here.
-IGNORED = {
+# Logging, checkpoints and summaries of Lightning's Trainer: nothing here depends on them.
+IGNORED = (
     "callbacks",
     "default_root_dir",
+    "detect_anomaly",
+    "deterministic",
     "enable_checkpointing",
     "enable_model_summary",
-    "enable_progress_bar",
+    "inference_mode",
     "log_every_n_steps",
     "logger",
+    "num_sanity_val_steps",
+    "profiler",
+)
+ACCELERATORS = ("auto", "cpu", "cuda", "gpu")
+# Lightning's words for the precision of the data; half precision would lose what EM sums up.
+PRECISIONS = {
+    **dict.fromkeys((32, "32", "32-true"), "float32"),
+    **dict.fromkeys((64, "64", "64-true"), "float64"),
 }
-# Where a single process on the data's own device is what was asked for.
-SINGLE_DEVICE = {"accelerator": ("auto", "cpu"), "devices": (1, "1", "auto"), "num_nodes": (1,)}
+KNOWN = ("accelerator", "devices", "enable_progress_bar", "max_epochs", "num_nodes", "plugins", "precision", "strategy")
 
 
-def max_epochs(trainer_params: dict[str, Any] | None, default: int = 100) -> int:
-    """The largest number of iterations; raises for settings that would change the run and are not supported."""
-    params = dict(trainer_params or {})
-    value = params.pop("max_epochs", default)
-    check_integer("trainer_params['max_epochs']", value, 0)
-    for name in IGNORED & params.keys():
-        del params[name]
-    for name, supported in SINGLE_DEVICE.items():
-        setting = params.pop(name, supported[0])
-        if setting not in supported:
+@dataclass(frozen=True)
+class Settings:
+    """What a fit or a prediction takes from `trainer_params`."""
+
+    max_epochs: int
+    device: str | None  # where rows are computed: "cpu", "cuda:0"; None for where they are
+    dtype: str | None  # "float32", "float64"; None for that of the rows
+    progress_bar: bool
+    fabric: dict[str, Any] | None  # arguments of Lightning Fabric where several processes are asked for
+
+    def placed(self, rows: Rows | Stream) -> Rows | Stream:
+        """The rows where and in the precision in which they are to be computed."""
+        if self.device is None and self.dtype is None:
+            return rows
+        if self.device is not None and self.device != "cpu" and not _has_gpu():
             raise ValueError(
-                f"trainer_params[{name!r}]={setting!r} is not supported; pass one of {supported} and put the data on "
-                "the device that is to compute"
+                "trainer_params asks for a GPU, and torch finds none; pass accelerator='cpu' or leave it out"
             )
-    if params:
+        if self._place(rows.like) is rows.like:
+            return rows
+        return rows.mapped(self._place)
+
+    def rounded(self, x: Array) -> Array:
+        """The array in the precision that is asked for."""
+        if self.dtype is None:
+            return x
+        xp = array_namespace(x)
+        return xp.astype(x, getattr(xp, self.dtype), copy=False)
+
+    def _place(self, x: Array) -> Array:
+        x = self.rounded(x)
+        return x if self.device is None else _moved(x, self.device)
+
+
+def settings(trainer_params: dict[str, Any] | None, default_max_epochs: int = 100, *, warn: bool = True) -> Settings:
+    """What these parameters mean; raises for those that mean nothing, and may warn of those that are old or ignored."""
+    params = translated(trainer_params, warn=warn)
+    unknown = sorted(params.keys() - {*IGNORED, *KNOWN}, key=str)
+    if unknown:
         raise TypeError(
-            f"trainer_params has unknown settings {sorted(params)}; known are max_epochs, "
-            f"{', '.join(sorted(IGNORED | SINGLE_DEVICE.keys()))}"
+            f"trainer_params has unknown settings {unknown}; known are {', '.join(sorted((*IGNORED, *KNOWN)))}"
         )
-    return int(value)
+    if warn and (ignored := sorted(name for name in IGNORED if params.get(name))):
+        _warn(f"trainer_params {ignored} are ignored: gaussmix runs no Lightning Trainer; leave them out", UserWarning)
+    params = {name: value for name, value in params.items() if value is not None}
+    max_epochs = params.get("max_epochs", default_max_epochs)
+    check_integer("trainer_params['max_epochs']", max_epochs, 0)
+    precision = params.get("precision")
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(
+            f"trainer_params['precision'] must be 32 or 64, got {precision!r}: sums of EM need at least float32"
+        )
+    bar = params.get("enable_progress_bar")
+    return Settings(
+        max_epochs=int(max_epochs),
+        device=_device(params),
+        dtype=None if precision is None else PRECISIONS[precision],
+        progress_bar=logging.getLogger("gaussmix").getEffectiveLevel() <= logging.INFO if bar is None else bool(bar),
+        fabric=_fabric(params),
+    )
+
+
+def translated(trainer_params: dict[str, Any] | None, *, warn: bool = True) -> dict[str, Any]:
+    """The parameters with the names of Lightning 1.x replaced by those of today."""
+    if not isinstance(trainer_params, (dict, type(None))):
+        raise TypeError(f"trainer_params must be a dict of Lightning's settings, got {trainer_params!r}")
+    params = dict(trainer_params or {})
+    replaced = {}
+    if "gpus" in params:
+        gpus = params.pop("gpus")
+        replaced["gpus"] = {"accelerator": "gpu", "devices": gpus} if gpus else {"accelerator": "cpu"}
+    if "progress_bar_refresh_rate" in params:
+        rate = params.pop("progress_bar_refresh_rate")
+        replaced["progress_bar_refresh_rate"] = {"enable_progress_bar": rate != 0}
+    for name, new in replaced.items():
+        if warn:
+            remedy = ", ".join(f"{key}={value!r}" for key, value in new.items())
+            _warn(f"trainer_params[{name!r}] is Lightning 1.x; pass {remedy}", DeprecationWarning)
+        params = new | params
+    return params
+
+
+def trainer(trainer_params: dict[str, Any] | None, defaults: dict[str, Any], overrides: dict[str, Any]) -> Any:
+    """A Lightning Trainer with these settings."""
+    try:
+        from pytorch_lightning import Trainer
+    except ImportError as error:
+        raise ImportError(
+            "trainer() makes a pytorch_lightning.Trainer, which is not installed; install gaussmix[lightning]"
+        ) from error
+    level = logging.getLogger("gaussmix").getEffectiveLevel()
+    quiet = {
+        "logger": False,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": level <= logging.INFO,
+        "enable_checkpointing": level <= logging.DEBUG,
+        "enable_model_summary": level <= logging.DEBUG,
+    }
+    return Trainer(**quiet | defaults | translated(trainer_params) | overrides)
+
+
+def _device(params: dict[str, Any]) -> str | None:
+    accelerator = params.get("accelerator", "auto")
+    if accelerator not in ACCELERATORS:
+        raise ValueError(f"trainer_params['accelerator'] must be one of {ACCELERATORS}, got {accelerator!r}")
+    devices = params.get("devices")
+    if isinstance(devices, (list, tuple)) and len(devices) == 1 and accelerator != "cpu":
+        return f"cuda:{devices[0]}"
+    return {"auto": None, "cpu": "cpu"}.get(accelerator, "cuda:0")
+
+
+def _fabric(params: dict[str, Any]) -> dict[str, Any] | None:
+    """Arguments of Fabric, where more than one process is asked for."""
+    devices = params.get("devices", 1)
+    n_devices = len(devices) if isinstance(devices, (list, tuple)) else devices
+    many = n_devices not in (1, "1", "auto") or params.get("num_nodes", 1) != 1
+    asked = many or any(params.get(name) not in (None, "auto") for name in ("strategy", "plugins"))
+    names = ("accelerator", "devices", "num_nodes", "plugins", "strategy")
+    return {name: params[name] for name in names if name in params} if asked else None
+
+
+def _warn(message: str, category: type[Warning]) -> None:
+    """A warning that names the line outside of the library which led to it: deprecations are shown there only."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("gaussmix"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _has_gpu() -> bool:
+    if find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _moved(x: Array, where: str) -> Array:
+    """The array on this device: a torch tensor on a GPU, and in host memory a tensor or a NumPy array."""
+    if is_torch_array(x):
+        return x.to(where)
+    if where == "cpu":
+        return x.get() if is_cupy_array(x) else x
+    import torch
+
+    return torch.as_tensor(x, device=where)

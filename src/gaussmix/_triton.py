@@ -108,12 +108,13 @@ class _Rows:
         narrow = self._x.dtype.is_floating_point and self._x.dtype != torch.float64
         self._dtype = np.dtype(np.float32 if narrow else np.float64)
         self._data: kernels.Data | None = None
+        self._shift: torch.Tensor | None = None
 
-    def _prepared(self, exact: bool, shift: torch.Tensor | None = None) -> kernels.Data:
+    def _prepared(self, exact: bool) -> kernels.Data:
         """The data for a tier; about the shift of the first time."""
         if self._data is None or self._data.exact != exact:
-            shift = shift if self._data is None else self._data.shift
-            self._data = kernels.prepare(self._x, self._weight, shift, exact=exact)
+            self._data = kernels.prepare(self._x, self._weight, self._shift, exact=exact)
+            self._shift = self._data.shift
         return self._data
 
     def _there(self, value: Array) -> torch.Tensor:
@@ -134,9 +135,10 @@ class Engine(_Rows):
 
     backend = "triton"
 
-    def __init__(self, rows: Rows, covariance: Covariance, reg_covar: float) -> None:
+    def __init__(self, rows: Rows, covariance: Covariance, reg_covar: float, middle: Array | None = None) -> None:
         super().__init__(rows)
-        self.covariance, self.reg_covar = covariance, reg_covar
+        self.covariance, self.reg_covar, self._middle = covariance, reg_covar, middle
+        self._shift = None if middle is None else self._there(middle)
         self._forms: list[Form] = forms(covariance, rows.shape[1], self._dtype)
 
     @property
@@ -144,9 +146,15 @@ class Engine(_Rows):
         """The arithmetic of the last E-step; before it, of the next."""
         return self._forms[0].precision if self._forms else "centred-float64"
 
+    def on(self, rows: Rows) -> "Engine":
+        """The engine for other rows: about the same point, in the same form from now on."""
+        other = Engine(rows, self.covariance, self.reg_covar, self._middle)
+        other._forms = self._forms
+        return other
+
     @_on_stream
-    def from_means(self, means: Array) -> Parameters:
-        """Parameters of the rows that are nearest to each of `means` (k, d)."""
+    def assign(self, means: Array) -> SufficientStatistics:
+        """Statistics of the rows that are nearest to each of `means` (k, d)."""
         while self._forms:
             em = self._em()
             offsets = self._there(means) - em.data.shift
@@ -154,18 +162,18 @@ class Engine(_Rows):
             try:
                 new = maximize(statistics, asarray_like(means, statistics.counts), self.covariance, self.reg_covar)
             except SingularCovarianceError:
-                if self._is_last:
-                    raise
-                self._fall_back("a covariance came out singular")
+                if self.is_last:
+                    return statistics
+                self.fall_back("a covariance came out singular")
                 continue
             if self._is_exact_enough(new):
-                return new
-        return self._plain.from_means(asarray_like(means, self.rows.array, self.rows.dtype))
+                return statistics
+        return self._plain.assign(asarray_like(means, self.rows.array, self.rows.dtype))
 
     @_on_stream
-    def from_responsibilities(self, k: int, draw: Callable[[int], Array]) -> Parameters:
-        """Parameters for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
-        return self._plain.from_responsibilities(k, draw)
+    def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:
+        """Statistics for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
+        return self._plain.spread(k, draw)
 
     @_on_stream
     def advance(self, parameters: Parameters, *, at_most: int, previous: float, tolerance: float) -> Progress:
@@ -175,7 +183,7 @@ class Engine(_Rows):
         """
         self._fall_back_for(parameters)
         while self._forms:
-            em, last = self._em(), self._is_last
+            em, last = self._em(), self.is_last
             most_kappa, most_ratio = self._forms[0].limits(self._dtype, self.rows.shape[1])
             settings = kernels.Settings.of(
                 em.data,
@@ -201,7 +209,7 @@ class Engine(_Rows):
                 statistics = self._expect(parameters, em)
                 new = maximize(statistics, parameters.means, self.covariance, self.reg_covar)
                 return Progress(new, (*found.bounds, statistics.lower_bound), converged=False)
-            self._fall_back(REASONS[found.reason])
+            self.fall_back(REASONS[found.reason])
             if found.bounds:
                 return Progress(parameters, found.bounds, converged=False)
         return self._plain.advance(parameters, at_most=at_most, previous=previous, tolerance=tolerance)
@@ -256,18 +264,23 @@ class Engine(_Rows):
         if not self._forms:
             return None
         middle = (self._there(parameters.weights) @ self._there(parameters.means)).to(self._x.dtype)
-        self._prepared(self._forms[0].exact, middle.to(torch.float64))
+        self._shift = middle.to(torch.float64) if self._shift is None else self._shift
         self._fall_back_for(parameters)
         return self._em() if self._forms else None
 
     @property
     def _plain(self) -> _array_api.Engine:
-        return _array_api.Engine(self.rows, self.covariance, self.reg_covar)
+        return _array_api.Engine(self.rows, self.covariance, self.reg_covar, self._middle)
 
     @property
-    def _is_last(self) -> bool:
-        """Whether no form could be more exact than this one."""
-        return self._forms[0].precision == "centred-float64"
+    def is_last(self) -> bool:
+        """Whether no form could be more exact than the one in use."""
+        return self.precision == "centred-float64"
+
+    @_on_stream
+    def is_exact_for(self, parameters: Parameters) -> bool:
+        """Whether statistics in the form in use are exact enough for these parameters; the form is left where not."""
+        return not self._forms or self._is_exact_enough(parameters)
 
     def _em(self) -> kernels.EM:
         form = self._forms[0]
@@ -303,10 +316,11 @@ class Engine(_Rows):
         most_kappa, most_ratio = form.limits(self._dtype, self.rows.shape[1])
         if kappa <= most_kappa and ratio <= most_ratio:
             return True
-        self._fall_back(f"kappa is {kappa:.3g}, (variance + offset^2) / variance {ratio:.3g}")
+        self.fall_back(f"kappa is {kappa:.3g}, (variance + offset^2) / variance {ratio:.3g}")
         return False
 
-    def _fall_back(self, reason: str) -> None:
+    def fall_back(self, reason: str) -> None:
+        """Leave the form in use for the next one; after the last comes the code of `_array_api`."""
         left = self._forms.pop(0)
         logger.info("%s left for %s: %s", left.precision, self.precision, reason)
 

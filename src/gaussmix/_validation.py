@@ -11,13 +11,16 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import validate_data
 
 from gaussmix._arrays import array_namespace, asarray_like, device, floating_dtype, to_numpy, working_dtype
+from gaussmix._blocks import Blocks, readable
 from gaussmix._covariance import COVARIANCES, Covariance
-from gaussmix._data import Rows, slices
+from gaussmix._data import Rows, Stream, slices
 from gaussmix._parameters import Parameters
 from gaussmix._typing import Array
 
 # Elements of a block of the finite check.
 BLOCK_ELEMENTS = 2**20
+# Rows of a stream that are kept to look at.
+KEPT_ROWS = 1024
 
 
 def validate_rows(
@@ -28,8 +31,15 @@ def validate_rows(
     min_rows: int = 1,
     sample_weight: Any = None,
     batch_size: int | None = None,
-) -> Rows:
+    num_workers: int = 0,
+) -> Rows | Stream:
     """The rows of whatever X is, checked; sets `n_features_in_` with `reset` and compares with it without."""
+    if batch_size is not None:
+        check_integer("batch_size", batch_size, 1)
+    check_integer("num_workers", num_workers, 0)
+    X = readable(X, batch_size, num_workers)
+    if isinstance(X, Blocks):
+        return _validate_stream(estimator, X, reset, min_rows, sample_weight)
     if isinstance(X, np.ndarray):
         # What scikit-learn would pass on as it is, it takes longer to look at than a small prediction does.
         own = isinstance(X, np.memmap) or (
@@ -41,7 +51,9 @@ def validate_rows(
     else:
         own = is_array_api_obj(X)
     if own:
-        X = _validate_array(estimator, X, reset, min_rows)
+        X = _validate_array(X)
+        n, d = X.shape
+        _check_shape(estimator, n, d, reset, min_rows)
     else:
         if isinstance(X, np.ndarray) and X.dtype == np.float16:
             X = X.astype(np.float32)
@@ -54,15 +66,57 @@ def validate_rows(
             ensure_all_finite=False,
             ensure_min_samples=min_rows,
         )
-    if batch_size is not None:
-        check_integer("batch_size", batch_size, 1)
     check_finite(X)
-    return Rows(X, None if sample_weight is None else validate_weights(sample_weight, X), batch_size)
+    weight = None if sample_weight is None else validate_weights(sample_weight, X.shape[0], X)
+    return Rows(X, weight, batch_size)
 
 
-def _validate_array(estimator: Any, X: Array, reset: bool, min_rows: int) -> Array:
-    """The same rules for arrays that need no conversion, memory maps (not to be read whole) and other libraries."""
-    name = type(estimator).__name__
+def _validate_stream(estimator: Any, blocks: Blocks, reset: bool, min_rows: int, sample_weight: Any) -> Stream:
+    """One pass over the blocks: each of them checked, their number of rows, and the mean of the rows."""
+    n, like, totals = 0, None, []
+    weight = None
+    for number, block in enumerate(blocks.raw()):
+        x = _validate_array(block)
+        xp = array_namespace(x)
+        if like is None:
+            like = xp.astype(x[: min(KEPT_ROWS, x.shape[0]), :], floating_dtype(x), copy=False)
+            if sample_weight is not None:
+                weight = validate_weights(sample_weight, None, like)
+        if type(x) is not type(like) or x.shape[1] != like.shape[1]:
+            raise ValueError(
+                f"block {number} (after row {n}) is a {type(x).__name__} with {x.shape[1]} features, the first one a "
+                f"{type(like).__name__} with {like.shape[1]}; all blocks need the same"
+            )
+        with np.errstate(over="ignore"):  # what a narrower dtype has no room for is not finite there
+            x = xp.astype(x, like.dtype, copy=False)
+        if x.shape[1]:
+            check_finite(x, first_row=n)
+        part = slice(n, n + x.shape[0])
+        n = part.stop
+        values = xp.astype(x, working_dtype(x), copy=False)
+        if weight is not None:
+            if n > weight.shape[0]:
+                shape = tuple(weight.shape)
+                raise ValueError(
+                    f"sample_weight has shape {shape}, and the data more rows; pass one weight for each row"
+                )
+            values = values * weight[part, None]
+        totals.append(xp.sum(values, axis=0))
+    if like is None:
+        raise ValueError(
+            "the data gave no blocks; pass an object that gives blocks of rows each time it is iterated over (an "
+            "iterator can be gone through only once)"
+        )
+    _check_shape(estimator, n, like.shape[1], reset, min_rows)
+    if weight is not None and weight.shape != (n,):
+        raise ValueError(f"sample_weight has shape {tuple(weight.shape)}; pass one weight for each of the {n} rows")
+    dtype = like.dtype
+    middle = sum(totals[1:], totals[0]) / (n if weight is None else array_namespace(weight).sum(weight))
+    return Stream(lambda: blocks.converted(dtype), (n, like.shape[1]), like, middle, weight)
+
+
+def _validate_array(X: Array) -> Array:
+    """Two dimensions of real numbers: for arrays that need no conversion, memory maps and other libraries."""
     if is_torch_array(X):
         X = X.detach()
     xp = array_namespace(X)
@@ -75,7 +129,13 @@ def _validate_array(estimator: Any, X: Array, reset: bool, min_rows: int) -> Arr
         raise ValueError(f"Complex data not supported: X has dtype {X.dtype}; pass real numbers")
     if not xp.isdtype(X.dtype, ("real floating", "integral", "bool")):
         raise ValueError(f"X has dtype {X.dtype}; pass floating-point numbers or integers")
-    n, d = X.shape
+    if isinstance(X, np.memmap) or X.dtype in (xp.float32, xp.float64):
+        return X
+    return xp.astype(X, floating_dtype(X))
+
+
+def _check_shape(estimator: Any, n: int, d: int, reset: bool, min_rows: int) -> None:
+    """Raise ValueError for too few rows and for another number of features than the estimator was fitted to."""
     if n < min_rows:
         raise ValueError(f"Found array with {n} sample(s) (shape={n, d}) while a minimum of {min_rows} is required.")
     if d < 1:
@@ -84,13 +144,11 @@ def _validate_array(estimator: Any, X: Array, reset: bool, min_rows: int) -> Arr
         estimator.n_features_in_ = d
         vars(estimator).pop("feature_names_in_", None)
     elif d != estimator.n_features_in_:
+        name = type(estimator).__name__
         raise ValueError(f"X has {d} features, but {name} is expecting {estimator.n_features_in_} features as input.")
-    if isinstance(X, np.memmap) or X.dtype in (xp.float32, xp.float64):
-        return X
-    return xp.astype(X, floating_dtype(X))
 
 
-def check_finite(X: Array) -> None:
+def check_finite(X: Array, first_row: int = 0) -> None:
     """Raise ValueError for NaN, infinity and values whose squares would leave the range of the working precision."""
     xp = array_namespace(X)
     # Squares, and sums of them where they are computed in X's own precision, have room up to here.
@@ -105,7 +163,7 @@ def check_finite(X: Array) -> None:
             continue
         bad = xp.any(~(xp.abs(block) <= limit), axis=1)
         index = int(xp.argmax(xp.astype(bad, xp.int64)))
-        row, values = rows.start + index, to_numpy(block[index, :]).astype(np.float64)
+        row, values = first_row + rows.start + index, to_numpy(block[index, :]).astype(np.float64)
         worst = values[~(np.abs(values) <= limit)][0]
         if np.isnan(worst):
             raise ValueError(f"Input X contains NaN (first in row {row}); remove or impute such rows")
@@ -117,14 +175,17 @@ def check_finite(X: Array) -> None:
         )
 
 
-def validate_weights(sample_weight: Any, X: Array) -> Array:
-    """Weights of the rows of X (n,), in its library, on its device and in the working dtype."""
-    n = X.shape[0]
+def validate_weights(sample_weight: Any, n: int | None, like: Array) -> Array:
+    """Weights of n rows (n,), in the library and on the device of `like`, in the working dtype.
+
+    With n = None for rows that are yet to be counted.
+    """
     weight = to_numpy(sample_weight)
-    if weight.ndim == 0 and np.issubdtype(weight.dtype, np.number):
+    if weight.ndim == 0 and n is not None and np.issubdtype(weight.dtype, np.number):
         weight = np.full(n, weight)
-    if weight.shape != (n,):
-        raise ValueError(f"sample_weight has shape {weight.shape}; pass one weight for each of the {n} rows")
+    if weight.ndim != 1 or n not in (None, len(weight)):
+        which = "row" if n is None else f"of the {n} rows"
+        raise ValueError(f"sample_weight has shape {weight.shape}; pass one weight for each {which}")
     try:
         weight = weight.astype(np.float64)
     except (TypeError, ValueError) as error:
@@ -135,7 +196,7 @@ def validate_weights(sample_weight: Any, X: Array) -> Array:
         raise ValueError(f"sample_weight contains a negative value, {weight.min():g}; pass weights >= 0")
     if not weight.any():
         raise ValueError("sample_weight is zero for every row; at least one row needs a positive weight")
-    return asarray_like(weight, X, working_dtype(X))
+    return asarray_like(weight, like, working_dtype(like))
 
 
 def check_same_library(X: Array, estimator: Any, fitted: Array, method: str) -> None:
@@ -153,14 +214,16 @@ def check_same_library(X: Array, estimator: Any, fitted: Array, method: str) -> 
         )
 
 
-def check_enough_rows(rows: Rows, name: str, k: int) -> None:
+def check_enough_rows(rows: Rows | Stream, name: str, k: int) -> None:
     """Raise ValueError where there are fewer rows of positive weight than components."""
     n = rows.shape[0]
     if rows.sample_weight is not None:
-        xp = array_namespace(rows.array)
+        xp = array_namespace(rows.sample_weight)
         n = int(xp.sum(xp.astype(rows.sample_weight > 0, xp.int64)))
     if n < k:
-        raise ValueError(f"{name}={k} is more than the number of rows, {n}; use fewer components or more data")
+        raise ValueError(
+            f"Expected n_samples >= {name} but got {name} = {k}, n_samples = {n}; use fewer components or more data"
+        )
 
 
 def random_generator(random_state: Any) -> np.random.RandomState:
@@ -202,13 +265,17 @@ def validate_array(name: str, value: Any, shape: tuple[int, ...]) -> Array:
     if is_torch_array(array):
         array = array.detach()
     if tuple(array.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(array.shape)}; expected {shape}")
+        raise ValueError(
+            f"The parameter '{name}' should have the shape of {shape}, but got {tuple(array.shape)}; reshape it or "
+            "change the number of components"
+        )
     xp = array_namespace(array)
     if not xp.isdtype(array.dtype, ("real floating", "integral")):
-        raise ValueError(f"{name} has dtype {array.dtype}; pass real numbers")
+        raise ValueError(f"The parameter '{name}' has dtype {array.dtype}; pass real numbers")
     array = xp.astype(array, floating_dtype(array), copy=False)
     if not bool(xp.all(xp.isfinite(array))):
-        raise ValueError(f"{name} contains NaN or infinity; pass finite values")
+        bad = "NaN" if bool(xp.any(xp.isnan(array))) else "infinity"
+        raise ValueError(f"Input contains {bad} in the parameter '{name}'; pass finite values")
     return array
 
 
@@ -216,12 +283,44 @@ def validate_mixture_weights(name: str, value: Any, k: int) -> Array:
     """Weights of k components, not negative, with sum 1."""
     weights = validate_array(name, value, (k,))
     xp = array_namespace(weights)
-    if float(xp.min(weights)) < 0:
-        raise ValueError(f"{name} should be in the range [0, 1], got a value of {float(xp.min(weights)):g}")
-    total = float(xp.sum(weights))
-    if abs(total - 1) > (1e-5 if weights.dtype == xp.float32 else 1e-8):
-        raise ValueError(f"{name} should be normalized, but has the sum {total:.9g}; divide by it")
+    tolerance = 1e-5 if weights.dtype == xp.float32 else 1e-8
+    smallest, largest, total = float(xp.min(weights)), float(xp.max(weights)), float(xp.sum(weights))
+    if smallest < 0 or largest > 1 + tolerance:
+        raise ValueError(
+            f"The parameter '{name}' should be in the range [0, 1], but got max value {largest:.5f}, min value "
+            f"{smallest:.5f}; divide weights that are not negative by their sum"
+        )
+    if abs(total - 1) > tolerance:
+        raise ValueError(
+            f"The parameter '{name}' should be normalized, but got sum({name}) = {total:.5f}, off by {total - 1:.2g}; "
+            "divide by it"
+        )
     return weights
+
+
+def validate_precisions(value: Any, covariance: Covariance, k: int, d: int) -> Array:
+    """Precisions of k components in the form of the covariance type, symmetric and positive definite."""
+    name = f"{covariance.name} precision"
+    precisions = validate_array(name, value, covariance.shape(k, d))
+    xp = array_namespace(precisions)
+    are_matrices = covariance.shape(1, 2)[-2:] == (2, 2)
+    if are_matrices:
+        # As much as scikit-learn lets pass: inverses of ill-conditioned matrices are less symmetric than these.
+        transposed = xp.matrix_transpose(precisions)
+        difference = xp.abs(precisions - transposed)
+        if bool(xp.any(difference > 1e-8 + 1e-5 * xp.abs(transposed))):
+            raise ValueError(
+                f"'{name}' should be symmetric, positive-definite: precisions_init differs from its transpose by up to "
+                f"{float(xp.max(difference)):.3g}; pass (P + P^T) / 2 if that is rounding"
+            )
+        precisions = (precisions + transposed) / 2
+    precisions = xp.astype(precisions, working_dtype(precisions))
+    try:
+        covariance.validate(precisions, k, d, "precisions_init")
+    except ValueError as error:
+        kind = "symmetric, positive-definite" if are_matrices else "positive"
+        raise ValueError(f"'{name}' should be {kind}: {error}") from None
+    return precisions
 
 
 def validate_parameters(weights: Any, means: Any, covariances: Any, covariance: Covariance) -> Parameters:

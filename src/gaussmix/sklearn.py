@@ -3,30 +3,35 @@
 import math
 import time
 import warnings
-from typing import Any, Self
+from collections.abc import Callable
+from dataclasses import replace
+from numbers import Integral
+from typing import Any, ClassVar, Self
 
 import numpy as np
+from sklearn import get_config
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture as Reference
+from sklearn.utils._param_validation import StrOptions
+from sklearn.utils.validation import check_is_fitted
 
-from gaussmix._arrays import asarray_like, floating_dtype
+from gaussmix import _interop
+from gaussmix._arrays import array_namespace, asarray_like, floating_dtype, working_dtype
 from gaussmix._covariance import COVARIANCES, Covariance
-from gaussmix._data import Rows
+from gaussmix._data import Rows, Stream
 from gaussmix._dispatch import engine
-from gaussmix._em import Callback, EMResult, best_of, run_em
+from gaussmix._em import EMResult, best_of, run_em
 from gaussmix._engine import Engine
 from gaussmix._estimator import Mixture
-from gaussmix._initialization import initialize
-from gaussmix._parameters import Parameters
+from gaussmix._initialization import find_means, initialize
+from gaussmix._parameters import Parameters, SingularCovarianceError
 from gaussmix._typing import Array
 from gaussmix._validation import (
-    check_covariance_type,
     check_enough_rows,
-    check_integer,
-    check_option,
-    check_real,
     random_generator,
     validate_array,
     validate_mixture_weights,
+    validate_precisions,
     validate_rows,
 )
 
@@ -39,6 +44,19 @@ INIT_PARAMS = {
     "random": "random",
     "random_from_data": "random_from_data",
 }
+# Those whose seeds are rows of the data.
+SEEDED = ("k-means++", "random_from_data")
+
+# scikit-learn's words, which scripts look for; what follows them is ours.
+NOT_CONVERGED = (
+    "Best performing initialization did not converge. Try different init parameters, or increase max_iter, tol, or "
+    "check for degenerate data."
+)
+ILL_DEFINED = (
+    "Fitting the mixture model failed because some components have ill-defined empirical covariance (for instance "
+    "caused by singleton or collapsed samples). Try to decrease the number of components, increase reg_covar, or scale "
+    "the input data."
+)
 
 
 class GaussianMixture(Mixture):
@@ -59,7 +77,7 @@ class GaussianMixture(Mixture):
     reg_covar : float, default 1e-6
         Added to each variance, in squared units of the data.
     max_iter : int, default 100
-        Largest number of EM iterations. 0 stops at the start's parameters.
+        Largest number of EM iterations. 0 stops at the start: `means_` are then the seeds, or what was given.
     n_init : int, default 1
         Number of starts; the one of highest final likelihood is kept.
     init_params : {"kmeans", "k-means++", "random", "random_from_data"}, default "kmeans"
@@ -67,12 +85,14 @@ class GaussianMixture(Mixture):
         k rows drawn at random; "random" draws the responsibilities of each row instead. k-means and its seeds see a
         sample of at most max(16384, 256 k) rows.
     weights_init, means_init, precisions_init : array-like, optional
-        Parts of the start: (k,), (k, d), and the shape of `precisions_`. Given means alone, rows belong to the nearest.
+        Parts of the start: (k,), (k, d), and the shape of `precisions_`. `init_params` finds those that are not given;
+        with means but without weights or precisions, rows belong to the nearest of those means, unless it is "random".
     random_state : int, RandomState instance or None, default None
-        Seeds the starts and `sample`. The same value gives the same start in every array library. None draws a fresh
-        seed and leaves NumPy's global generator untouched.
+        Seeds the starts and `sample`. The same value gives the same start in every array library, and the one of
+        scikit-learn where there are no more rows than k-means looks at. None draws a fresh seed and leaves NumPy's
+        global generator untouched.
     warm_start : bool, default False
-        Start where the last `fit` ended.
+        Start where the last `fit` ended; `n_init` then counts for the first fit only.
     verbose : int, default 0
         1 prints each start and every `verbose_interval`-th iteration, 2 also changes and times.
     verbose_interval : int, default 10
@@ -113,6 +133,12 @@ class GaussianMixture(Mixture):
     >>> mixture.predict([[0.0, 0], [12, 3]]).tolist() == mixture.predict([[1.0, 2], [10, 2]]).tolist()
     True
     """
+
+    # What scikit-learn accepts and how it says no, but for covariance types, of which there may be more.
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **Reference._parameter_constraints,
+        "covariance_type": [StrOptions(set(COVARIANCES))],
+    }
 
     precisions_: Array
     converged_: bool
@@ -182,25 +208,28 @@ class GaussianMixture(Mixture):
         sklearn.exceptions.ConvergenceWarning
             If the best start did not converge within `max_iter` iterations.
         """
-        covariance = self._check_parameters()
+        if not get_config()["skip_parameter_validation"]:
+            self._validate_params()
+        covariance = COVARIANCES[self.covariance_type]
         rows = validate_rows(self, X, reset=True, min_rows=2, sample_weight=sample_weight)
         check_enough_rows(rows, "n_components", self.n_components)
         on_rows = engine(rows, covariance, self.reg_covar)
-
-        if self.warm_start and hasattr(self, "converged_"):
-            warm = self._checked_parameters(on_rows.rows, covariance)
-            result = self._run(on_rows, warm, 0, previous=self.lower_bound_)
-        else:
-            random_state = random_generator(self.random_state)
-            result = best_of(
-                self._run(on_rows, self._start(on_rows, covariance, random_state), i) for i in range(self.n_init)
-            )
+        given = self._given(on_rows.rows, covariance)
+        try:
+            if self.warm_start and hasattr(self, "converged_"):
+                warm = self._fitted(on_rows.rows, covariance)
+                result = self._run(on_rows, 0, lambda: warm, previous=self.lower_bound_)
+            else:
+                random_state = random_generator(self.random_state)
+                result = best_of(
+                    self._run(on_rows, i, lambda: self._start(on_rows, given, random_state)) for i in range(self.n_init)
+                )
+        except SingularCovarianceError as error:
+            error.args = (f"{ILL_DEFINED} Cause: {error}",)
+            raise
         if self.max_iter and not result.converged:
             warnings.warn(
-                f"EM did not converge within max_iter={self.max_iter} iterations; increase max_iter or tol (now "
-                f"{self.tol:g}), or try other init_params",
-                ConvergenceWarning,
-                stacklevel=2,
+                f"{NOT_CONVERGED} Now max_iter={self.max_iter}, tol={self.tol:g}.", ConvergenceWarning, stacklevel=2
             )
         self._set_parameters(result.parameters, rows)
         self.converged_ = result.converged
@@ -263,7 +292,8 @@ class GaussianMixture(Mixture):
         -------
         bic : float
         """
-        return -2 * self.score(X) * _n_rows(X) + self._n_parameters() * math.log(_n_rows(X))
+        log_likelihood, n = self._log_likelihood(X)
+        return -2 * log_likelihood + self._n_parameters() * math.log(n)
 
     def aic(self, X: Any) -> float:
         """Akaike information criterion, -2 log L + 2 p (Akaike 1974): smaller is better.
@@ -277,7 +307,8 @@ class GaussianMixture(Mixture):
         -------
         aic : float
         """
-        return -2 * self.score(X) * _n_rows(X) + 2 * self._n_parameters()
+        log_likelihood, _ = self._log_likelihood(X)
+        return -2 * log_likelihood + 2 * self._n_parameters()
 
     def sample(self, n_samples: int = 1) -> tuple[Array, Array]:
         """Draw rows from the fitted mixture.
@@ -290,49 +321,127 @@ class GaussianMixture(Mixture):
         Returns
         -------
         X : array of shape (n_samples, d)
-            Grouped by component; in the library, on the device and in the dtype of the fitted arrays. An integer
-            `random_state` draws the same rows at each call.
+            Grouped by component; in the library and on the device of the fitted arrays, in float64 where the device has
+            it. An integer `random_state` draws the same rows at each call, and those that scikit-learn would draw.
         y : array of shape (n_samples,), int64
             The component of each row.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+            Before `fit`.
+        ValueError, TypeError
+            If `n_samples` is not a positive integer.
         """
-        return self._draw(n_samples)
-
-    def _check_parameters(self) -> Covariance:
-        check_integer("n_components", self.n_components, 1)
-        check_real("tol", self.tol)
-        check_real("reg_covar", self.reg_covar)
-        check_integer("max_iter", self.max_iter, 0)
-        check_integer("n_init", self.n_init, 1)
-        check_option("init_params", self.init_params, INIT_PARAMS)
-        check_integer("verbose_interval", self.verbose_interval, 1)
-        return check_covariance_type(self.covariance_type)
-
-    def _start(self, on_rows: Engine, covariance: Covariance, random_state: np.random.RandomState) -> Parameters:
-        """Where EM starts: what was given, and the rest from the rows."""
-        rows = on_rows.rows
-        k, d = self.n_components, rows.shape[1]
-        weights, means, precisions = self.weights_init, self.means_init, self.precisions_init
-        if weights is not None:
-            weights = asarray_like(validate_mixture_weights("weights_init", weights, k), rows.array, rows.dtype)
-        if means is not None:
-            means = asarray_like(validate_array("means_init", means, (k, d)), rows.array, rows.dtype)
-        if precisions is not None:
-            precisions = validate_array("precisions_init", precisions, covariance.shape(k, d))
-            precisions = asarray_like(precisions, rows.array, rows.dtype)
-            covariance.validate(precisions, k, d, "precisions_init")
-            # The factor of the precisions' inverse is that of the covariances: U U^T = P^-1.
-            covariances = covariance.square(covariance.precision_cholesky(precisions))
-            factors = covariance.precision_cholesky(covariances)
-        if weights is not None and means is not None and precisions is not None:
-            return Parameters(weights, means, covariances, factors)
-        found = initialize(on_rows, k, INIT_PARAMS[self.init_params], random_state, means)
-        return Parameters(
-            found.weights if weights is None else weights,
-            found.means if means is None else means,
-            *((found.covariances, found.precision_cholesky) if precisions is None else (covariances, factors)),
+        check_is_fitted(self, "means_")
+        if not isinstance(n_samples, Integral):
+            raise TypeError(f"n_samples must be an integer, got {n_samples!r}")
+        if n_samples < 1:
+            raise ValueError(f"Invalid value for 'n_samples': {n_samples} . The sampling requires at least one sample.")
+        drawing = _interop.to_sklearn(self, {"covariance_type": self.covariance_type}, {})
+        weights = drawing.weights_.astype(np.float64)
+        # Rounded to float32 they may add up to more than NumPy takes; else they are to draw what they always draw.
+        drawing.weights_ = weights if abs(weights.sum() - 1) < 1e-12 else weights / weights.sum()
+        drawing.random_state = random_generator(self.random_state)
+        rows, labels = drawing.sample(int(n_samples))
+        xp = array_namespace(self.means_)
+        return (
+            asarray_like(rows, self.means_, working_dtype(self.means_)),
+            asarray_like(labels, self.means_, xp.int64),
         )
 
-    def _checked_parameters(self, rows: Rows, covariance: Covariance) -> Parameters:
+    def to_sklearn(self) -> Any:
+        """The same mixture as a `sklearn.mixture.GaussianMixture`, for tools that ask for that class.
+
+        Returns
+        -------
+        mixture : sklearn.mixture.GaussianMixture
+            With copies of the parameters and of every fitted attribute that the class has, as NumPy arrays.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+            Before `fit`.
+
+        Examples
+        --------
+        >>> from gaussmix.sklearn import GaussianMixture
+        >>> mixture = GaussianMixture(2, random_state=0).fit([[0.0], [1.0], [10.0], [11.0]])
+        >>> converted = mixture.to_sklearn()
+        >>> type(converted).__module__.partition(".")[0], converted.n_iter_ == mixture.n_iter_
+        ('sklearn', True)
+        """
+        return _interop.to_sklearn(self, self.get_params(deep=False), _interop.attributes(self))
+
+    @classmethod
+    def from_sklearn(cls, mixture: Any) -> Self:
+        """The mixture that a `sklearn.mixture.GaussianMixture` was fitted to.
+
+        Parameters
+        ----------
+        mixture : sklearn.mixture.GaussianMixture
+            A fitted one. Not a `BayesianGaussianMixture`: it predicts with the spread of its posterior, which a
+            Gaussian mixture with the same `weights_`, `means_` and `covariances_` does not have.
+
+        Returns
+        -------
+        mixture
+            With copies of its parameters and fitted attributes, in the library in which it holds them.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+            If `mixture` is not fitted.
+        TypeError
+            If it is of another class.
+
+        Examples
+        --------
+        >>> import sklearn.mixture
+        >>> from gaussmix.sklearn import GaussianMixture
+        >>> x = [[0.0], [1.0], [10.0], [11.0]]
+        >>> mixture = GaussianMixture.from_sklearn(sklearn.mixture.GaussianMixture(2, random_state=0).fit(x))
+        >>> sorted(round(mean, 6) for mean in mixture.means_[:, 0].tolist())
+        [0.5, 10.5]
+        """
+        params, parameters, attributes = _interop.from_sklearn(mixture)
+        converted = cls(**params)
+        converted._set_parameters(parameters, Rows(parameters.means))
+        for name, value in attributes.items():
+            setattr(converted, name, value)
+        return converted
+
+    def _given(self, rows: Rows | Stream, covariance: Covariance) -> dict[str, Array]:
+        """The parts of the start that the user gave, under their names in `Parameters`."""
+        k, d = self.n_components, rows.shape[1]
+        given = {}
+        if self.weights_init is not None:
+            given["weights"] = validate_mixture_weights("weights", self.weights_init, k)
+        if self.means_init is not None:
+            given["means"] = validate_array("means", self.means_init, (k, d))
+        if self.precisions_init is not None:
+            precisions = validate_precisions(self.precisions_init, covariance, k, d)
+            precisions = asarray_like(precisions, rows.like, rows.dtype)
+            # The factor of the precisions' inverse is that of the covariances: U U^T = P^-1.
+            given["covariances"] = covariance.square(covariance.precision_cholesky(precisions))
+            given["precision_cholesky"] = covariance.precision_cholesky(given["covariances"])
+        return {name: asarray_like(value, rows.like, rows.dtype) for name, value in given.items()}
+
+    def _start(self, on_rows: Engine, given: dict[str, Array], random_state: np.random.RandomState) -> Parameters:
+        """Where EM starts: what was given, and the rest from the rows."""
+        if {"weights", "means", "precision_cholesky"} <= given.keys():
+            return Parameters(**given)
+        rows, k, strategy = on_rows.rows, self.n_components, INIT_PARAMS[self.init_params]
+        seeds = None if strategy == "random" else given.get("means")
+        if seeds is None and self.init_params in SEEDED:
+            seeds = asarray_like(find_means(rows, k, strategy, random_state), rows.like, rows.dtype)
+        found = initialize(on_rows, k, strategy, random_state, seeds)
+        if self.max_iter == 0 and seeds is not None:
+            # Nobody sees the seeds once EM runs: it goes on from the means of the rows that are nearest to them.
+            found = replace(found, means=seeds)
+        return replace(found, **given)
+
+    def _fitted(self, rows: Rows | Stream, covariance: Covariance) -> Parameters:
         """The fitted parameters, for rows that they have to fit."""
         k, d = self.n_components, rows.shape[1]
         if tuple(self.means_.shape) != (k, d):
@@ -342,50 +451,52 @@ class GaussianMixture(Mixture):
             )
         if tuple(self.covariances_.shape) != covariance.shape(k, d):
             raise ValueError(f"warm_start can not go on with covariance_type={covariance.name!r}; set it to False")
-        return self._parameters.moved(rows.array, rows.dtype)
+        return self._parameters.moved(rows.like, rows.dtype)
 
-    def _run(self, on_rows: Engine, start: Parameters, index: int, previous: float = -math.inf) -> EMResult:
-        progress = _print_progress(self.verbose, self.verbose_interval) if self.verbose else None
-        if self.verbose:
-            print(f"Initialization {index}")
-        began = time.perf_counter()
+    def _run(
+        self, on_rows: Engine, index: int, start: Callable[[], Parameters], previous: float = -math.inf
+    ) -> EMResult:
+        progress = _Progress(self.verbose, self.verbose_interval, index, previous) if self.verbose else None
         result = run_em(
-            on_rows, start, tolerance=self.tol, max_iter=self.max_iter, previous=previous, callback=progress
+            on_rows, start(), tolerance=self.tol, max_iter=self.max_iter, previous=previous, callback=progress
         )
-        if self.verbose:
-            outcome = "converged" if result.converged else "did not converge"
-            details = ""
-            if self.verbose > 1 and result.lower_bounds:
-                details = f" time lapse {time.perf_counter() - began:.5f}s\t lower bound {result.lower_bounds[-1]:.5f}."
-            print(f"Initialization {outcome}.{details}")
+        if progress and self.max_iter:
+            progress.end(result)
         return result
 
-    def _set_parameters(self, parameters: Parameters, rows: Rows) -> None:
+    def _set_parameters(self, parameters: Parameters, rows: Rows | Stream) -> None:
         super()._set_parameters(parameters, rows)
         precisions = COVARIANCES[self.covariance_type].square(parameters.precision_cholesky)
-        self.precisions_ = asarray_like(precisions, rows.array, floating_dtype(rows.array))
+        self.precisions_ = asarray_like(precisions, rows.like, floating_dtype(rows.like))
 
     def _n_parameters(self) -> int:
         k, d = self.means_.shape
         return k - 1 + k * d + COVARIANCES[self.covariance_type].n_parameters(k, d)
 
+    def _log_likelihood(self, X: Any) -> tuple[float, int]:
+        """Log-likelihood of all rows, and their number."""
+        evidence = self.score_samples(X)
+        return float(array_namespace(evidence).sum(evidence, dtype=working_dtype(evidence))), evidence.shape[0]
 
-def _n_rows(X: Any) -> int:
-    return X.shape[0] if hasattr(X, "shape") else len(X)
 
+class _Progress:
+    """Prints what scikit-learn prints about a start: times and changes where `verbose` > 1."""
 
-def _print_progress(verbose: int, interval: int) -> Callback:
-    """Prints every `interval`-th iteration, with the change and the time since the last line where `verbose` > 1."""
-    last_bound, last_time = -math.inf, time.perf_counter()
+    def __init__(self, verbose: int, interval: int, index: int, previous: float) -> None:
+        self._details, self._interval, self._bound = verbose > 1, interval, previous
+        self._began = self._last = time.perf_counter()
+        print(f"Initialization {index}")
 
-    def show(iteration: int, lower_bound: float, parameters: Parameters) -> None:
-        nonlocal last_bound, last_time
-        change, last_bound = lower_bound - last_bound, lower_bound
-        if iteration % interval:
+    def __call__(self, iteration: int, lower_bound: float, parameters: Parameters) -> None:
+        change, self._bound = lower_bound - self._bound, lower_bound
+        if iteration % self._interval:
             return
         now = time.perf_counter()
-        details = f"\t time lapse {now - last_time:.5f}s\t ll change {change:.5f}" if verbose > 1 else ""
-        last_time = now
+        details = f"\t time lapse {now - self._last:.5f}s\t ll change {change:.5f}" if self._details else ""
+        self._last = now
         print(f"  Iteration {iteration}{details}")
 
-    return show
+    def end(self, result: EMResult) -> None:
+        elapsed = time.perf_counter() - self._began
+        details = f" time lapse {elapsed:.5f}s\t lower bound {self._bound:.5f}." if self._details else ""
+        print(f"Initialization {'converged' if result.converged else 'did not converge'}.{details}")
