@@ -3,7 +3,7 @@ FULL := .venv/bin
 BASE := .venv-base/bin
 BENCH := .venv-bench/bin
 
-.PHONY: help demo test test-base test-array-api test-big test-gpu gate check bench bench-quick bench-gpu clean
+.PHONY: help demo test test-base test-array-api test-big test-gpu gate check bench bench-quick bench-gpu bench-scale clean
 
 help:            ## what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -12,7 +12,7 @@ demo: $(BASE)/.installed-demo            ## segment a photograph; writes segment
 	$(BASE)/python examples/segmentation.py
 
 test: $(FULL)/.installed-test            ## the test suite with every backend that a CPU can run
-	GAUSSMIX_REQUIRE_BACKENDS=torch,triton,lightning_fabric,array_api_strict $(FULL)/python -m pytest -m "not big" $(ARGS)
+	GAUSSMIX_REQUIRE_BACKENDS=torch,triton,lightning_fabric,dask,array_api_strict $(FULL)/python -m pytest -m "not big" $(ARGS)
 
 test-base: $(BASE)/.installed-test-base            ## the same suite where torch is not installed
 	GAUSSMIX_REQUIRE_BACKENDS=array_api_strict $(BASE)/python -m pytest -m "not big" $(ARGS)
@@ -43,6 +43,9 @@ bench-quick: $(FULL)/.installed-test            ## small cases, compared with th
 
 bench-gpu:            ## the kernels, EM and its peers on the GPU that the active Python sees; under 8 minutes
 	PYTHONPATH=src:kernels $(PYTHON) benchmarks/gpu.py $(ARGS)
+
+bench-scale: $(FULL)/.installed-test            ## fits of a file of 26 GB, in processes and killed ones; half an hour; rewrites its snapshot
+	$(FULL)/python benchmarks/scale.py --output benchmarks/snapshots/scale-cpu.json $(ARGS)
 
 clean:            ## remove environments and caches
 	rm -rf .venv .venv-base .venv-bench .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -32,7 +32,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 LIBRARIES = ("numpy", "torch", "array_api_strict")
 INSTALLED = tuple(name for name in LIBRARIES if importlib.util.find_spec(name))
 # No array libraries, but backends that a run may require.
-BACKENDS = (*LIBRARIES, "triton", "lightning_fabric")
+BACKENDS = (*LIBRARIES, "triton", "lightning_fabric", "dask")
 INSTALLED_BACKENDS = tuple(name for name in BACKENDS if importlib.util.find_spec(name))
 
 
@@ -70,7 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
     required = set(filter(None, os.environ.get("GAUSSMIX_REQUIRE_BACKENDS", "").split(",")))
     if missing := sorted(required - set(INSTALLED_BACKENDS)):
         raise pytest.UsageError(f"GAUSSMIX_REQUIRE_BACKENDS names {missing}, which are not installed")
-    for module, needed in (("torch.py", {"torch"}), ("_triton.py", {"torch", "triton"})):
+    for module, needed in (("torch.py", {"torch"}), ("_triton.py", {"torch", "triton"}), ("_dask.py", {"dask"})):
         if not needed <= set(INSTALLED_BACKENDS):
             # Looking for examples imports it.
             config.option.ignore = [*(config.option.ignore or []), str(config.rootpath / "src/gaussmix" / module)]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cases import assert_close, blobs
+from cases import PARAMETER_TOLERANCE, assert_close, blobs
 from gaussmix import GaussianMixture, KMeans
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
@@ -63,7 +63,7 @@ def test_a_memory_map_is_read_block_by_block(tmp_path, covariance, dtype, mode):
     x.tofile(path)
     mapped = np.memmap(path, dtype=dtype, mode=mode, shape=x.shape)
     found, expected = (model(data, 2, covariance.name, batch_size=100) for data in (mapped, x))
-    assert_same_model(found, expected, 0)
+    assert_same_model(found, expected, PARAMETER_TOLERANCE.get(dtype, 1e-9))
     assert type(found.means_) is np.ndarray
     assert np.array_equal(found.predict(mapped), expected.predict(x))
     assert found.predict_proba(mapped).dtype == (np.float32 if dtype == "float32" else np.float64)

@@ -73,7 +73,7 @@ def test_lower_bound_never_falls_without_regularization(library, covariance, dty
     bounds = []
     with contextlib.suppress(np.linalg.LinAlgError):  # without regularisation EM may collapse on a few rows
         start = initialize(on_rows, k, "kmeans++", np.random.RandomState(0))
-        run_em(on_rows, start, tolerance=0, max_iter=12, callback=lambda i, bound, parameters: bounds.append(bound))
+        run_em(on_rows, start, tolerance=0, max_iter=12, callbacks=[lambda i, bound, parameters: bounds.append(bound)])
     assert np.all(np.diff(bounds) >= -BOUND_ROUNDING[on_rows.precision])
 
 
@@ -202,7 +202,7 @@ def test_the_loop_lets_an_engine_run_ahead_unless_someone_watches():
     assert result.lower_bounds == [1, 2, 3, 4]
     seen = []
     engine_ = ScriptedEngine([1.0, 2.0, 3.0])
-    run_em(engine_, None, tolerance=0, max_iter=3, callback=lambda i, bound, parameters: seen.append((i, bound)))
+    run_em(engine_, None, tolerance=0, max_iter=3, callbacks=[lambda i, bound, parameters: seen.append((i, bound))])
     assert engine_.asked == [1, 1, 1]
     assert seen == [(1, 1.0), (2, 2.0), (3, 3.0)]
 

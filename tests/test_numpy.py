@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -233,7 +235,7 @@ def test_pruning_changes_nothing_but_rounding(dtype, weighted):
     evidence = _array_api.Engine(Rows(x), covariance, 1e-6).log_evidence(parameters)
     assert np.abs(_numpy.Engine(Rows(x), covariance, 1e-6).log_evidence(parameters) - evidence).max() < 1e-9
     # Once more from labels that are all wrong.
-    engine._labels = (engine._labels + 7) % 20
+    engine.hints = (engine.hints + 7) % 20
     again = engine._pruned(parameters)
     assert_close(again.second_moments, exact.second_moments, 1e-11)
 
@@ -319,6 +321,33 @@ def test_the_setting_of_blas_is_restored():
             assert outer == inner == max(before)
             assert set(threads()) == {1}
         assert set(threads()) == {1}
+    assert threads() == before
+
+
+def test_blas_is_limited_by_one_thread_and_restored_by_another():
+    def threads():
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    before = threads()
+    entered, joined, left = threading.Event(), threading.Event(), threading.Event()
+
+    def first():
+        with _numpy.one_blas_thread():
+            entered.set()
+            assert joined.wait(10)
+        left.set()
+
+    def second():
+        assert entered.wait(10)
+        with _numpy.on_one_thread(), _numpy.one_blas_thread() as found:
+            joined.set()
+            assert left.wait(10)
+            return found, threads()
+
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(first)
+        found, inside = pool.submit(second).result(20)
+    assert (found, set(inside)) == (1, {1})
     assert threads() == before
 
 

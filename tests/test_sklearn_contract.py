@@ -716,6 +716,26 @@ def test_precision_(monkeypatch, setting, expected):
     assert GaussianMixture(3, random_state=0).fit(X).precision_ == expected
 
 
+def test_partial_fit(covariance, unconverged):
+    """A step of size 1 is an iteration of scikit-learn's."""
+    start = start_for(X, 3, covariance.name)
+    ours = GaussianMixture(3, covariance_type=covariance.name, max_iter=0, **start).fit(X[:100])
+    ours.partial_fit(X, step_delay=1)
+    theirs = Reference(3, covariance_type=covariance.name, max_iter=1, **start).fit(X)
+    assert_same(ours, theirs)
+
+
+def test_set_partial_fit_request():
+    with sklearn.config_context(enable_metadata_routing=True):
+        mixture = GaussianMixture().set_partial_fit_request(sample_weight=True)
+        assert mixture.get_metadata_routing().partial_fit.requests == {"sample_weight": True}
+
+
+def test_n_steps_():
+    mixture = GaussianMixture(2, random_state=0).fit(X)
+    assert [mixture.n_steps_, mixture.partial_fit(X).n_steps_, mixture.partial_fit(X).n_steps_] == [0, 1, 2]
+
+
 CONTRACT = {
     "n_components": test_n_components,
     "covariance_type": test_covariance_type,
@@ -758,6 +778,9 @@ CONTRACT = {
 # What only our class has.
 ADDED = {
     "set_fit_request": test_set_fit_request,
+    "partial_fit": test_partial_fit,
+    "set_partial_fit_request": test_set_partial_fit_request,
+    "n_steps_": test_n_steps_,
     "from_parameters": test_from_parameters,
     "from_sklearn": test_from_sklearn,
     "to_sklearn": test_to_sklearn,

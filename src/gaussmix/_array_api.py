@@ -97,14 +97,15 @@ def one_hot(labels: Array, like: Array, k: int) -> Array:
 class Engine:
     """EM and inference on one data set for one covariance type."""
 
-    # Centred throughout: there is nothing more exact to fall back to.
-    is_last = True
+    hints: Array | None = None
 
     def __init__(self, rows: Rows, covariance: Covariance, reg_covar: float, middle: Array | None = None) -> None:
         self.rows, self.covariance, self.reg_covar, self._middle = rows, covariance, reg_covar, middle
         xp = array_namespace(rows.array)
         self.backend = f"array_api:{xp.__name__.rpartition('.')[2]}"
         self.precision = "centred-float64" if working_dtype(rows.array) == xp.float64 else "centred-float32"
+        # There is nothing more exact to fall back to.
+        self.forms = (self.precision,)
 
     def on(self, rows: Rows) -> "Engine":
         """The engine for other rows."""

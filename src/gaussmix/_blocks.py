@@ -1,18 +1,29 @@
-"""Data that is no array but gives blocks of rows each time it is iterated over: loaders, data sets, any such object."""
+"""Data that is read block by block: files, loaders, data sets, anything that gives blocks when it is iterated over."""
 
+import mmap
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from array_api_compat import is_array_api_obj, is_torch_array
 from scipy.sparse import issparse
 
 from gaussmix._arrays import array_namespace
+from gaussmix._data import slices
 from gaussmix._typing import Array, DType
+
+T = TypeVar("T")
+
+# Bytes of a block of a file: a few of them are in memory at a time.
+BLOCK_BYTES = 2**25
 
 # Rows of a block of a torch Dataset, which are fetched one by one.
 BATCH_ROWS = 2**14
+# What h5py's and zarr's arrays have, and no data frame.
+SLICED = ("shape", "dtype", "ndim", "chunks", "__getitem__")
 # What arrays, data frames and tables offer; they are converted whole.
 WHOLE = ("__array__", "__array_interface__", "__dataframe__", "__arrow_c_stream__")
 
@@ -40,6 +51,58 @@ class Blocks:
             yield array_namespace(block).astype(block, dtype, copy=False)
 
 
+@dataclass(frozen=True)
+class Slices:
+    """Rows of what lies in a file and is sliced: numpy.memmap, h5py.Dataset, zarr.Array; the next block is read ahead.
+
+    The size of a block is a function of the shape of the data and of `batch_size` alone.
+    """
+
+    source: Any
+    batch_size: int | None
+
+    def __iter__(self) -> Iterator[Array]:
+        return _read_ahead(_read(self.source, rows) for rows in slices(self.source.shape[0], self._size))
+
+    @property
+    def _size(self) -> int:
+        _, d = self.source.shape
+        size = self.batch_size or max(1, BLOCK_BYTES // max(1, d * self.source.dtype.itemsize))
+        # A chunk of zarr or h5py is read whole, whatever is asked of it.
+        chunk = (getattr(self.source, "chunks", None) or (1,))[0]
+        return -(-size // chunk) * chunk
+
+
+def _read(source: Any, rows: slice) -> Array:
+    block = np.array(source[rows])
+    if isinstance(source, np.memmap) and source.mode != "c":  # what was written to a private mapping would be lost
+        _give_back(source[rows])
+    return block
+
+
+def _give_back(block: Array) -> None:
+    """Take pages out of the process's memory; they stay in the system's cache, which makes room where it is needed."""
+    base: Any = block
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = base.base
+    if base is None or not block.flags.c_contiguous or not hasattr(base, "madvise"):
+        return
+    start = block.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (start + block.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0:
+        base.madvise(mmap.MADV_DONTNEED, first, length)
+
+
+def _read_ahead(blocks: Iterator[T]) -> Iterator[T]:
+    """The blocks, of which another thread reads the next one while the caller works on this one."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = pool.submit(next, blocks, None)
+            yield block
+
+
 def readable(X: Any, batch_size: int | None, num_workers: int) -> Any:
     """X as an array or a table, or else as `Blocks`."""
     torch = sys.modules.get("torch")
@@ -47,7 +110,11 @@ def readable(X: Any, batch_size: int | None, num_workers: int) -> Any:
         if isinstance(X, torch.utils.data.TensorDataset):
             return X.tensors[0]  # fetching its rows one by one would take most of the time
         X = torch.utils.data.DataLoader(X, batch_size=batch_size or BATCH_ROWS, num_workers=num_workers)
-    is_whole = is_array_api_obj(X) or issparse(X) or any(hasattr(X, name) for name in WHOLE)
+    is_array = is_array_api_obj(X)
+    if isinstance(X, np.memmap) or (not is_array and all(hasattr(X, name) for name in SLICED)):
+        # What has no rows or other dimensions than two is refused as any array of its shape is, unread.
+        return Blocks(Slices(X, batch_size)) if X.ndim == 2 and X.shape[0] else np.broadcast_to(0.0, X.shape)
+    is_whole = is_array or issparse(X) or any(hasattr(X, name) for name in WHOLE)
     if is_whole or isinstance(X, (list, tuple, str, bytes, dict, set)) or not hasattr(X, "__iter__"):
         return X
     return Blocks(X)

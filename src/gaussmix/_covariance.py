@@ -48,6 +48,10 @@ class Covariance(ABC):
         """
 
     @abstractmethod
+    def scatter(self, covariances: Array, counts: Array, d: int) -> Array:
+        """Second moments about the components' means that `estimate` would give these covariances for."""
+
+    @abstractmethod
     def regularize(self, covariances: Array, reg_covar: float) -> Array:
         """Add `reg_covar` to each variance."""
 
@@ -223,6 +227,9 @@ class Full(_Matrices):
     def estimate(self, second_moments: Array, counts: Array, d: int) -> Array:
         return _mean_or_pooled(second_moments, counts)
 
+    def scatter(self, covariances: Array, counts: Array, d: int) -> Array:
+        return counts[:, None, None] * covariances
+
     def colorize(self, noise: Array, precision_cholesky: Array, component: int) -> Array:
         return _solve_rows(noise, precision_cholesky[component, :, :])
 
@@ -272,6 +279,9 @@ class Tied(_Matrices):
 
     def estimate(self, second_moments: Array, counts: Array, d: int) -> Array:
         return second_moments / array_namespace(counts).sum(counts)
+
+    def scatter(self, covariances: Array, counts: Array, d: int) -> Array:
+        return covariances * array_namespace(counts).sum(counts)
 
     def colorize(self, noise: Array, precision_cholesky: Array, component: int) -> Array:
         return _solve_rows(noise, precision_cholesky)
@@ -335,6 +345,9 @@ class Diag(_Variances):
     def estimate(self, second_moments: Array, counts: Array, d: int) -> Array:
         return _mean_or_pooled(second_moments, counts)
 
+    def scatter(self, covariances: Array, counts: Array, d: int) -> Array:
+        return counts[:, None] * covariances
+
     def log_det(self, precision_cholesky: Array, d: int) -> Array:
         xp = array_namespace(precision_cholesky)
         return xp.sum(xp.log(precision_cholesky), axis=-1)
@@ -390,6 +403,9 @@ class Spherical(_Variances):
 
     def estimate(self, second_moments: Array, counts: Array, d: int) -> Array:
         return _mean_or_pooled(second_moments, counts) / d
+
+    def scatter(self, covariances: Array, counts: Array, d: int) -> Array:
+        return d * counts * covariances
 
     def log_det(self, precision_cholesky: Array, d: int) -> Array:
         return d * array_namespace(precision_cholesky).log(precision_cholesky)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from sklearn.utils.random import sample_without_replacement
@@ -14,6 +15,29 @@ def slices(n: int, size: int) -> Iterator[slice]:
     """0 .. n in slices of `size`, the last one shorter."""
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
+
+
+class Described(Protocol):
+    """What is known of a data set wherever its rows are, and what a start looks at."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, d)."""
+
+    @property
+    def like(self) -> Array:
+        """An array of the library, the device and the dtype of the data."""
+
+    @property
+    def dtype(self) -> DType:
+        """The dtype that sums are in."""
+
+    @property
+    def n_positive(self) -> int:
+        """Number of rows of positive weight: those that count."""
+
+    def sample(self, size: int, random_state: np.random.RandomState) -> "Rows":
+        """At most `size` rows of positive weight, without replacement, in float64 on the host."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +62,11 @@ class Rows:
         return self.array
 
     @property
+    def n_positive(self) -> int:
+        """Number of rows of positive weight: those that count."""
+        return self.shape[0] if self.sample_weight is None else int(np.count_nonzero(to_numpy(self.sample_weight) > 0))
+
+    @property
     def dtype(self) -> DType:
         """The dtype of the blocks."""
         return working_dtype(self.array)
@@ -50,8 +79,7 @@ class Rows:
         xp, dtype = array_namespace(self.array), self.dtype
         size = max(1, size if self.batch_size is None else min(size, self.batch_size))
         for block in slices(self.shape[0], size):
-            # asarray: a block of np.memmap is an ordinary array from here on.
-            x = xp.astype(xp.asarray(self.array[block, :]), dtype, copy=False)
+            x = xp.astype(self.array[block, :], dtype, copy=False)
             if self.sample_weight is None:
                 yield x, None
                 continue
@@ -94,10 +122,21 @@ class Rows:
         """The rows of these increasing `indices`, in float64 on the host: (m, d)."""
         xp = array_namespace(self.array)
         if len(indices) == self.shape[0]:
-            rows = xp.asarray(self.array)
+            rows = self.array
         else:
             rows = xp.take(self.array, xp.asarray(indices, device=device(self.array)), axis=0)
         return to_numpy(xp.astype(rows, self.dtype, copy=False)).astype(np.float64, copy=False)
+
+    def average(self, values: Array) -> float:
+        """Weighted mean of a value for each row (n,)."""
+        return _average(self, values)
+
+    def largest(self, values: Array, m: int) -> tuple[Array, Array]:
+        """Where the m largest values (n,) of rows of positive weight are, on the host, and those values.
+
+        The first of equals come first; rows without weight count as 0.
+        """
+        return _largest(self, values, m)
 
     def sample(self, size: int, random_state: np.random.RandomState) -> "Rows":
         """At most `size` rows of positive weight, without replacement, in float64 on the host.
@@ -119,6 +158,11 @@ class Stream:
     like: Array  # some rows
     middle: Array  # (d,): weighted mean of the rows, in the working dtype
     sample_weight: Array | None = None  # (n,), in the working dtype
+
+    @property
+    def n_positive(self) -> int:
+        """Number of rows of positive weight: those that count."""
+        return self.shape[0] if self.sample_weight is None else int(np.count_nonzero(to_numpy(self.sample_weight) > 0))
 
     @property
     def dtype(self) -> DType:
@@ -151,6 +195,31 @@ class Stream:
         )
         return Stream(lambda: map(function, self.read()), self.shape, like, *moved)
 
+    def watched(self, watch: Callable[[int], None]) -> "Stream":
+        """The same rows; `watch` sees how many a block has once it was worked on."""
+
+        def read() -> Iterator[Array]:
+            for x in self.read():
+                yield x
+                watch(x.shape[0])
+
+        return replace(self, read=read)
+
+    def part(self, rows: slice) -> "Stream":
+        """Some of the rows, in steps of 1; all of them are read."""
+
+        def read() -> Iterator[Array]:
+            start = 0
+            for x in self.read():
+                stop = start + x.shape[0]
+                first, last = (min(max(row, start), stop) - start for row in (rows.start, rows.stop))
+                if first < last:
+                    yield x[first:last, :]
+                start = stop
+
+        weight = None if self.sample_weight is None else self.sample_weight[rows]
+        return replace(self, read=read, shape=(rows.stop - rows.start, self.shape[1]), sample_weight=weight)
+
     def unweighted(self) -> "Stream":
         """The same rows without weights."""
         return self if self.sample_weight is None else replace(self, sample_weight=None)
@@ -170,9 +239,30 @@ class Stream:
             start = stop
         return np.concatenate(found) if found else np.empty((0, self.shape[1]))
 
+    def average(self, values: Array) -> float:
+        """Weighted mean of a value for each row (n,)."""
+        return _average(self, values)
+
+    def largest(self, values: Array, m: int) -> tuple[Array, Array]:
+        """As `Rows.largest`."""
+        return _largest(self, values, m)
+
     def sample(self, size: int, random_state: np.random.RandomState) -> Rows:
         """As `Rows.sample`: the same rows where the data is the same."""
         return _sample(self, size, random_state)
+
+
+def _average(rows: Rows | Stream, values: Array) -> float:
+    xp, weight = array_namespace(values), rows.sample_weight
+    return float(xp.mean(values) if weight is None else xp.sum(weight * values) / xp.sum(weight))
+
+
+def _largest(rows: Rows | Stream, values: Array, m: int) -> tuple[Array, Array]:
+    xp = array_namespace(values)
+    if rows.sample_weight is not None:
+        values = xp.where(rows.sample_weight > 0, values, 0)
+    order = to_numpy(xp.argsort(values, descending=True, stable=True)[:m])
+    return order, to_numpy(values)[order]
 
 
 def _sample(rows: Rows | Stream, size: int, random_state: np.random.RandomState) -> Rows:

@@ -4,6 +4,7 @@ import logging
 import os
 from importlib.util import find_spec
 from types import ModuleType
+from typing import overload
 
 from array_api_compat import is_cupy_array, is_torch_array
 
@@ -11,7 +12,7 @@ from gaussmix import _array_api, _distributed, _numpy, _streaming
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import Covariance
 from gaussmix._data import Rows, Stream
-from gaussmix._distributed import Group
+from gaussmix._distributed import Group, Share
 from gaussmix._engine import Clusters, Engine, Fitting
 from gaussmix._typing import Array
 
@@ -20,7 +21,11 @@ logger = logging.getLogger("gaussmix")
 BACKENDS = ("auto", "triton", "numpy", "array_api")
 
 
-def engine(rows: Rows | Stream, covariance: Covariance, reg_covar: float = 0.0) -> Engine:
+@overload
+def engine(rows: Rows | Stream, covariance: Covariance, reg_covar: float = 0.0) -> Engine: ...
+@overload
+def engine(rows: Rows | Stream | Share, covariance: Covariance, reg_covar: float = 0.0) -> Fitting: ...
+def engine(rows: Rows | Stream | Share, covariance: Covariance, reg_covar: float = 0.0) -> Fitting:
     """The implementation for these rows, as the environment variable GAUSSMIX_BACKEND has it."""
     name, reason = choose(rows.like)
     logger.debug("%s covariance runs on %s: %s", covariance.name, name, reason)
@@ -28,16 +33,13 @@ def engine(rows: Rows | Stream, covariance: Covariance, reg_covar: float = 0.0) 
     if isinstance(rows, Rows):
         in_memory: Engine = make(rows, covariance, reg_covar)
         return in_memory
-    rows = _streamed(rows, name)
-    return _streaming.Engine(rows, make(Rows(rows.like), covariance, reg_covar, rows.middle))
-
-
-def shared_engine(rows: Rows | Stream, covariance: Covariance, reg_covar: float, group: Group) -> Fitting:
-    """The same where the processes of a group all have the rows and share the work."""
-    rows = shareable(rows)
-    make = _implementation(choose(rows.like)[0]).Engine
-    middle = rows.mean(_distributed.BLOCK_ROWS)
-    return _distributed.Engine(make(rows, covariance, reg_covar, middle), group)
+    on_block = make(Rows(rows.like), covariance, reg_covar, rows.middle)
+    if isinstance(rows, Stream):
+        summed: Fitting = _summing(rows).Engine(_streamed(rows, name), on_block)
+        return summed
+    own = rows.rows
+    on_share = on_block.on(own) if isinstance(own, Rows) else _streaming.Engine(_streamed(own, name), on_block)
+    return _distributed.Engine(rows.computed(on_block.rows.like), on_block, on_share)
 
 
 def clusters(rows: Rows | Stream, group: Group | None = None) -> Clusters:
@@ -50,7 +52,8 @@ def clusters(rows: Rows | Stream, group: Group | None = None) -> Clusters:
     if isinstance(rows, Rows):
         in_memory: Clusters = make(rows)
         return in_memory
-    return _streaming.Clusters(_streamed(rows, name), make)
+    summed: Clusters = _summing(rows).Clusters(_streamed(rows, name), make)
+    return summed
 
 
 def distances(rows: Rows | Stream, centroids: Array) -> Array:
@@ -73,6 +76,16 @@ def shareable(rows: Rows | Stream) -> Rows:
 def _streamed(rows: Stream, name: str) -> Stream:
     """The rows in the library that computes."""
     return rows.mapped(to_numpy) if name == "numpy" else rows
+
+
+def _summing(rows: Stream) -> ModuleType:
+    """What adds up statistics of blocks."""
+    if type(rows) is Stream:
+        return _streaming
+    # Imports dask, whose rows they are.
+    from gaussmix import _dask
+
+    return _dask
 
 
 def choose(x: Array) -> tuple[str, str]:

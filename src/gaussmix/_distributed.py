@@ -8,18 +8,21 @@ import atexit
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import parent_process
 from typing import Any, TypeVar
 
 import numpy as np
+from array_api_compat import is_torch_array
+from sklearn.utils.random import sample_without_replacement
 
 from gaussmix import _engine
-from gaussmix._arrays import array_namespace, asarray_like, to_numpy
-from gaussmix._data import Rows
-from gaussmix._engine import BlockEngine, Summed
+from gaussmix._arrays import array_namespace, asarray_like, to_numpy, working_dtype
+from gaussmix._data import Rows, Stream, slices
+from gaussmix._engine import BlockEngine, Fitting, Summed
 from gaussmix._parameters import Parameters, SufficientStatistics
-from gaussmix._typing import Array
+from gaussmix._typing import Array, DType
 
 T = TypeVar("T")
 
@@ -30,39 +33,170 @@ BLOCK_ROWS = 2**13
 
 
 class Group:
-    """The processes of torch's default process group."""
+    """The processes of a torch.distributed process group."""
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", group: Any = None) -> None:
         import torch
 
-        self._torch, self._dist, self.device = torch, torch.distributed, device
-        self.rank, self.size = self._dist.get_rank(), self._dist.get_world_size()
+        self._torch, self._dist, self._group, self.device = torch, torch.distributed, group, device
+        self.rank, self.size = self._dist.get_rank(group), self._dist.get_world_size(group)
 
     def sum(self, values: Array) -> Array:
         """The sum of all processes' values, float64 on the host: the same bits in each of them."""
         vector = self._torch.as_tensor(values, device=self.device)
-        self._dist.all_reduce(vector)
+        self._dist.all_reduce(vector, group=self._group)
         return vector.cpu().numpy()
+
+    def each(self, value: T) -> list[T]:
+        """Every process's value."""
+        values: list[Any] = [None] * self.size
+        self._dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def from_first(self, value: T) -> T:
         """What the first process has."""
-        box = [value]
-        self._dist.broadcast_object_list(box, src=0, device=self._torch.device(self.device))
-        return box[0]
+        return self.each(value if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def agreed(self, callback: Callable[..., Any]) -> Callable[..., bool]:
+        """A callback whose answer is true in all processes where it is in one of them."""
+        return lambda *args: bool(self.sum(np.array([bool(callback(*args))], dtype=np.float64))[0])
+
+    def all_or_none(self, function: Callable[[], T]) -> T:
+        """`function()`; where it fails in one process, all of them raise, and none waits for the others for ever."""
+        value, error = None, None
+        try:
+            value = function()
+        except Exception as caught:  # raised again below
+            error = caught
+        messages = self.each(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise RuntimeError(f"process {rank} of {self.size} failed, and with it the fit: {message}")
+        return value  # type: ignore[return-value]
+
+
+def process_group(distributed: Any, X: Any, device: str | None = None) -> Group:
+    """The group that `fit(distributed=...)` names: "torch" for all processes that torchrun started, or a ProcessGroup.
+
+    Sums travel from where rows are computed: on `device`, or else where a tensor X is. A group that is made here lasts
+    as long as its process, for the reasons that `launch` has.
+    """
+    if isinstance(distributed, str) and distributed != "torch":
+        raise ValueError(f"distributed must be 'torch' or a torch.distributed process group, got {distributed!r}")
+    try:
+        import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
+    except ImportError as error:
+        raise ImportError("distributed='torch' needs torch; install gaussmix[torch]") from error
+    device = device or (str(X.device) if is_torch_array(X) else "cpu")
+    group = None if isinstance(distributed, str) else distributed
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"distributed must be 'torch' or a torch.distributed process group, got {distributed!r}")
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            raise ValueError(
+                "distributed='torch' finds no processes to work with; start the script with torchrun, or initialise "
+                "torch.distributed first"
+            )
+        store, rank, size = next(rendezvous("env://"))
+        # The store of a torchrun that restarted its processes still has the addresses of those before.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # type: ignore[attr-defined]
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"  # what is no tensor travels by gloo
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        atexit.register(_leave)
+    if device == "cpu" and dist.get_backend(group) == "nccl":
+        device = "cuda"  # the current device: NCCL knows no other memory
+    return Group(device, group)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A process's rows of a data set that lies in several: one process's after the other's, in the order of ranks.
+
+    What is said of the rows, apart from `rows`, is said of all of them, and is the same in every process.
+    """
+
+    rows: Rows | Stream
+    group: Group
+    counts: tuple[int, ...]  # rows of positive weight in each process
+    shape: tuple[int, int]
+    like: Array
+    middle: Array  # (d,)
+
+    @classmethod
+    def of(cls, rows: Rows | Stream, group: Group) -> "Share":
+        """The share that these rows are."""
+        if type(rows) not in (Rows, Stream):
+            raise TypeError("a Dask array has workers of its own; pass distributed=None, or this process's rows")
+        n, d = rows.shape
+        if len(found := set(group.each(d))) > 1:
+            raise ValueError(f"processes have rows of {sorted(found)} features; all need the same number")
+        weight = rows.sample_weight
+        own = n if weight is None else int(np.count_nonzero(to_numpy(weight) > 0))
+        total = float(n) if weight is None else float(to_numpy(weight).sum(dtype=np.float64))
+        middle = total * to_numpy(rows.mean(BLOCK_ROWS)) if own else np.zeros(d)
+        sums = group.sum(np.concatenate([[n, total], middle]))
+        like = rows.like
+        return cls(
+            rows,
+            group,
+            tuple(group.each(own)),
+            (int(sums[0]), d),
+            like,
+            asarray_like(sums[2:] / sums[1] if sums[1] else sums[2:], like, working_dtype(like)),
+        )
+
+    def computed(self, like: Array) -> "Share":
+        """The same in the library that computes."""
+        return replace(self, like=like, middle=asarray_like(self.middle, like, working_dtype(like)))
+
+    @property
+    def dtype(self) -> DType:
+        """The dtype that sums are in."""
+        return working_dtype(self.like)
+
+    @property
+    def n_positive(self) -> int:
+        """Number of rows of positive weight."""
+        return sum(self.counts)
+
+    @property
+    def before(self) -> int:
+        """How many rows of positive weight the processes before this one have."""
+        return sum(self.counts[: self.group.rank])
+
+    def mean(self, size: int) -> Array:
+        """Weighted mean of the rows: (d,), in the working dtype."""
+        return self.middle
+
+    def sample(self, size: int, random_state: np.random.RandomState) -> Rows:
+        """As `Rows.sample`: the rows that a single process would draw, in every process."""
+        chosen = np.arange(self.n_positive)
+        if chosen.size > size:
+            chosen = np.sort(sample_without_replacement(chosen.size, size, random_state=random_state))
+        own = self.counts[self.group.rank]
+        here = chosen[(chosen >= self.before) & (chosen < self.before + own)] - self.before
+        weight = self.rows.sample_weight
+        if weight is not None:
+            weight = to_numpy(weight).astype(np.float64)
+            here = np.flatnonzero(weight)[here]
+            weight = weight[here]
+        found = self.rows.take(here) if here.size else np.empty((0, self.shape[1]))
+        parts = self.group.each((found, weight))
+        weights = [part for _, part in parts if part is not None]
+        return Rows(np.concatenate([part for part, _ in parts]), np.concatenate(weights) if weights else None)
 
 
 class Engine(Summed):
-    """EM on rows that every process has, of which each takes a share in the E-step."""
+    """EM on rows of which every process has a share."""
 
-    rows: Rows
+    rows: Share
 
-    def __init__(self, on_block: BlockEngine, group: Group) -> None:
-        super().__init__(on_block.rows, on_block)
-        self._group = group
-        own = share_of(self.rows, group)
-        share, self._first = self.rows.part(own), own.start
-        self._has_rows = any(True for _ in share.blocks(BLOCK_ROWS))
-        self._share = on_block.on(share)
+    def __init__(self, rows: Share, on_block: BlockEngine, on_share: Fitting) -> None:
+        super().__init__(rows, on_block)
+        self._share = on_share
 
     def assign(self, means: Array) -> SufficientStatistics:
         """Statistics of the rows that are nearest to each of `means` (k, d)."""
@@ -70,10 +204,9 @@ class Engine(Summed):
 
     def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:
         """Statistics for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
-        for x, _ in self.rows.part(slice(0, self._first)).blocks(BLOCK_ROWS):
-            draw(x.shape[0])  # those of other processes' rows
-        middle = self.rows.mean(BLOCK_ROWS)
-        origin = array_namespace(middle).broadcast_to(middle, (k, self.rows.shape[1]))
+        for part in slices(self.rows.before, BLOCK_ROWS):
+            draw(part.stop - part.start)  # those of other processes' rows
+        origin = array_namespace(self.rows.middle).broadcast_to(self.rows.middle, (k, self.rows.shape[1]))
         return self._sum(lambda: self._share.spread(k, draw), origin)
 
     def expect(self, parameters: Parameters) -> SufficientStatistics:
@@ -81,9 +214,10 @@ class Engine(Summed):
         return self._sum(lambda: self._share.expect(parameters), parameters.means)
 
     def _sum(self, statistics: Callable[[], SufficientStatistics], origin: Array) -> SufficientStatistics:
-        own = statistics().about(origin, self.covariance) if self._has_rows else self._nothing(origin)
+        has_rows = self.rows.counts[self.rows.group.rank] > 0
+        own = statistics().about(origin, self.covariance) if has_rows else self._nothing(origin)
         values = [to_numpy(getattr(own, name)) for name in SUMS]
-        total = self._group.sum(np.concatenate([value.astype(np.float64).ravel() for value in values]))
+        total = self.rows.group.sum(np.concatenate([value.astype(np.float64).ravel() for value in values]))
         parts = np.split(total, np.cumsum([value.size for value in values])[:-1])
         summed = (part.reshape(value.shape) for part, value in zip(parts, values, strict=True))
         return SufficientStatistics(origin, *(asarray_like(value, origin) for value in summed))

@@ -3,11 +3,18 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
+from gaussmix._arrays import array_namespace
 from gaussmix._covariance import Covariance
-from gaussmix._data import Rows, Stream
-from gaussmix._parameters import Parameters, SingularCovarianceError, SufficientStatistics, maximize
+from gaussmix._data import Described, Rows, Stream
+from gaussmix._parameters import (
+    Parameters,
+    SingularCovarianceError,
+    SufficientStatistics,
+    maximize,
+    statistics_of,
+)
 from gaussmix._typing import Array
 
 
@@ -28,11 +35,18 @@ class Fitting(Protocol):
     backend: str
 
     @property
+    def forms(self) -> tuple[str, ...]:
+        """The forms of the E-step that are left, the one in use first, the most exact last."""
+
+    def fall_back(self, reason: str) -> None:
+        """Leave the form in use for the next one."""
+
+    @property
     def precision(self) -> str:
         """The arithmetic of the E-step that is in use."""
 
     @property
-    def rows(self) -> Rows | Stream:
+    def rows(self) -> Described:
         """The rows, in the library that computes."""
 
     def assign(self, means: Array) -> SufficientStatistics:
@@ -51,6 +65,10 @@ class Fitting(Protocol):
 class Engine(Fitting, Protocol):
     """EM and inference."""
 
+    @property
+    def rows(self) -> Rows | Stream:
+        """The rows, in the library that computes."""
+
     def log_evidence(self, parameters: Parameters) -> Array:
         """Log-density of each row under the mixture: (n,)."""
 
@@ -68,8 +86,8 @@ class Steps(Protocol):
     reg_covar: float
 
     @property
-    def is_last(self) -> bool:
-        """Whether no form of the E-step could be more exact than the one in use."""
+    def forms(self) -> tuple[str, ...]:
+        """The forms of the E-step that are left, the one in use first, the most exact last."""
 
     def expect(self, parameters: Parameters) -> SufficientStatistics:
         """The E-step: statistics of all rows."""
@@ -83,6 +101,9 @@ class Steps(Protocol):
 
 class BlockEngine(Engine, Steps, Protocol):
     """An engine for rows in memory, which may be a block of a data set."""
+
+    # What saves work in the next pass over the same rows, and is nothing but that.
+    hints: Array | None
 
     def on(self, rows: Rows) -> Self:
         """The engine for other rows: about the same point, in the same form from now on."""
@@ -105,6 +126,21 @@ class Clusters(Protocol):
         """Weight of the rows that are nearest to each centroid (k,), and the sums of their x - origin (k, d)."""
 
 
+def stepwise(steps: Steps, parameters: Parameters, size: float) -> tuple[float, Parameters]:
+    """One iteration of stepwise EM: statistics move by `size` of the way to those of the rows.
+
+    Online EM of Cappe and Moulines (2009), J. R. Statist. Soc. B 71, 593-613, in the form of Liang and Klein (2009).
+    """
+    before = statistics_of(parameters, steps.covariance, steps.reg_covar).scaled(1 - size)
+
+    def blend(statistics: SufficientStatistics) -> SufficientStatistics:
+        total = float(array_namespace(statistics.counts).sum(statistics.counts))
+        return before + statistics.about(parameters.means, steps.covariance).scaled(size / total)
+
+    steps.is_exact_for(parameters)
+    return iterate(steps, parameters, blend)
+
+
 def advance(steps: Steps, parameters: Parameters, *, at_most: int, previous: float, tolerance: float) -> Progress:
     """`Engine.advance` by E-steps and M-steps."""
     bounds: list[float] = []
@@ -119,20 +155,27 @@ def advance(steps: Steps, parameters: Parameters, *, at_most: int, previous: flo
     return Progress(parameters, tuple(bounds), converged)
 
 
-def iterate(steps: Steps, parameters: Parameters) -> tuple[float, Parameters]:
-    """One EM iteration: the lower bound of `parameters`, and the parameters after it."""
+def iterate(
+    steps: Steps,
+    parameters: Parameters,
+    blend: Callable[[SufficientStatistics], SufficientStatistics] = lambda statistics: statistics,
+) -> tuple[float, Parameters]:
+    """One EM iteration: the lower bound of `parameters`, and the parameters after it.
+
+    `blend` makes of the statistics of the rows those that the M-step sees.
+    """
     while True:
         statistics = steps.expect(parameters)
         bound = statistics.lower_bound
         if not math.isfinite(bound):
-            if steps.is_last:
+            if len(steps.forms) == 1:
                 return bound, parameters
             steps.fall_back(f"the log-likelihood came out as {bound}")
             continue
         try:
-            new = maximize(statistics, parameters.means, steps.covariance, steps.reg_covar)
+            new = maximize(blend(statistics), parameters.means, steps.covariance, steps.reg_covar)
         except SingularCovarianceError:
-            if steps.is_last:
+            if len(steps.forms) == 1:
                 raise
             steps.fall_back("a covariance came out singular")
             continue
@@ -143,7 +186,9 @@ def iterate(steps: Steps, parameters: Parameters) -> tuple[float, Parameters]:
 class Summed:
     """EM whose statistics are sums of those of blocks; which form they are in is up to the engine of the blocks."""
 
-    def __init__(self, rows: Rows | Stream, on_block: BlockEngine) -> None:
+    rows: Any
+
+    def __init__(self, rows: Described, on_block: BlockEngine) -> None:
         self.rows, self._on_block = rows, on_block
         self.covariance, self.reg_covar, self.backend = on_block.covariance, on_block.reg_covar, on_block.backend
 
@@ -153,9 +198,9 @@ class Summed:
         return self._on_block.precision
 
     @property
-    def is_last(self) -> bool:
-        """Whether no form of the E-step could be more exact than the one in use."""
-        return self._on_block.is_last
+    def forms(self) -> tuple[str, ...]:
+        """The forms of the E-step that are left, the one in use first, the most exact last."""
+        return self._on_block.forms
 
     def is_exact_for(self, parameters: Parameters) -> bool:
         """Whether the form in use is exact enough for an M-step to these parameters; it is left where not."""

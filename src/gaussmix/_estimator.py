@@ -1,29 +1,35 @@
 """What the estimators share: inference, sampling and persistence on top of fitted attributes."""
 
+import math
 import os
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Self, TypeVar, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import numpy as np
+from array_api_compat import is_dask_array
 from sklearn.base import BaseEstimator, DensityMixin, clone
 from sklearn.exceptions import NotFittedError
+from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_is_fitted
 
 from gaussmix import _persistence
 from gaussmix._arrays import array_namespace, asarray_like, floating_dtype
 from gaussmix._covariance import COVARIANCES
-from gaussmix._data import Rows, Stream
+from gaussmix._data import Described, Rows, Stream
 from gaussmix._dispatch import engine
-from gaussmix._engine import Engine
+from gaussmix._engine import Engine, Fitting, stepwise
 from gaussmix._parameters import Parameters
 from gaussmix._trainer import Settings, settings, trainer
 from gaussmix._typing import Array
 from gaussmix._validation import (
     check_covariance_type,
+    check_enough_rows,
     check_integer,
+    check_real,
     check_same_library,
     random_generator,
+    validate_lazy,
     validate_parameters,
     validate_rows,
 )
@@ -43,6 +49,44 @@ def takes_data(method: Method) -> Method:
         return method(self, *args, **kwargs)
 
     return cast(Method, call)
+
+
+def by_block(method: Method) -> Method:
+    """The method, which gives for a Dask array what it gives for each block, computed when it is asked for."""
+
+    @wraps(method)
+    def call(self: Any, X: Any) -> Any:
+        if not is_dask_array(X):
+            return method(self, X)
+        # Imports dask, whose array it is.
+        from gaussmix import _dask
+
+        return _dask.predictions(self, method.__name__, validate_lazy(X))
+
+    return cast(Method, call)
+
+
+def averaged(method: Method) -> Method:
+    """The method, a mean over rows, which for a Dask array adds up the blocks."""
+
+    @wraps(method)
+    def call(self: Any, X: Any, y: Any = None) -> Any:
+        if not is_dask_array(X):
+            return method(self, X)
+        total, n = sum_of_blocks(self, method.__name__, X)
+        return total / n
+
+    return cast(Method, call)
+
+
+def sum_of_blocks(estimator: Any, method: str, X: Any) -> tuple[float, int]:
+    """The sum over the rows of a Dask array of what the method gives the mean of, and the number of rows."""
+    from gaussmix import _dask
+
+    total, n = _dask.total_of(estimator, method, validate_lazy(X))
+    if not n:
+        raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required; pass at least one row")
+    return total, n
 
 
 class Persistent(BaseEstimator):
@@ -254,6 +298,12 @@ class Trained(Persistent):
 class Mixture(DensityMixin, Persistent):
     """A fitted mixture is its attributes: `weights_`, `means_`, `covariances_` and `precisions_cholesky_`."""
 
+    # What concerns one run is no metadata that pipelines route; sample weights are.
+    __metadata_request__fit: ClassVar[dict[str, Any]] = dict.fromkeys(
+        ("callback", "checkpoint", "checkpoint_every", "resume", "distributed"), UNUSED
+    )
+    __metadata_request__partial_fit: ClassVar[dict[str, Any]] = dict.fromkeys(("step_decay", "step_delay"), UNUSED)
+
     covariance_type: str
     random_state: Any
     batch_size: int | None = None
@@ -267,6 +317,7 @@ class Mixture(DensityMixin, Persistent):
     backend_: str
     precision_: str
     n_features_in_: int
+    n_steps_: int
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Fit the mixture to the rows of X; each estimator documents its own."""
@@ -313,6 +364,97 @@ class Mixture(DensityMixin, Persistent):
         return mixture
 
     @takes_data
+    def partial_fit(
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        step_decay: float = 0.7,
+        step_delay: float = 2.0,
+    ) -> Self:
+        """Take a step towards the rows of X: online learning by stepwise EM.
+
+        The mixture's statistics move by the part `(n_steps_ + step_delay) ** -step_decay` of the way to those of X
+        under the mixture, and its parameters with them. The first call on a mixture that is not fitted starts from X,
+        which then needs at least as many rows as there are components; after `fit`, steps go on from where it ended.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, d)
+            The next rows; whatever `fit` takes.
+        y : None
+            Ignored.
+        sample_weight : array-like of shape (n,), optional
+            Weight of each row, relative to the others in X.
+        step_decay : float, default 0.7
+            Above 0.5 and at most 1: how fast steps get shorter. 1 weighs all calls alike in the long run; less forgets
+            the start sooner.
+        step_delay : float, default 2.0
+            At least 1: larger values make the first steps shorter, and so trust the start more.
+
+        Returns
+        -------
+        self
+            With `n_steps_`, the number of steps so far; the bound of the last step is that of X alone, and `converged_`
+            is False.
+
+        Raises
+        ------
+        ValueError, TypeError, numpy.linalg.LinAlgError
+            As `fit`; also for step parameters out of their range.
+
+        Notes
+        -----
+        Cappe and Moulines (2009), *On-line expectation-maximization algorithm for latent data models*, J. R. Statist.
+        Soc. B 71, 593-613; Liang and Klein (2009), *Online EM for unsupervised models*.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from gaussmix import GaussianMixture
+        >>> rng = np.random.RandomState(0)
+        >>> mixture = GaussianMixture(2, random_state=0)
+        >>> for _ in range(30):
+        ...     rows = rng.normal(size=(200, 1)) + 10 * rng.randint(2, size=(200, 1))
+        ...     mixture = mixture.partial_fit(rows)
+        >>> sorted(mixture.means_[:, 0].round().astype(int).tolist()), mixture.n_steps_
+        ([0, 10], 30)
+        """
+        check_real("step_decay", step_decay)
+        check_real("step_delay", step_delay)
+        if not 0.5 < step_decay <= 1:
+            raise ValueError(f"step_decay must be above 0.5 and at most 1, for steps to converge, got {step_decay!r}")
+        if step_delay < 1:
+            raise ValueError(
+                f"step_delay must be at least 1, for no step to be longer than the way, got {step_delay!r}"
+            )
+        self._check_parameters()
+        is_new = not hasattr(self, "means_")
+        rows = validate_rows(
+            self,
+            X,
+            reset=is_new,
+            sample_weight=sample_weight,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+        )
+        if is_new:
+            check_enough_rows(rows.n_positive, *self._k)
+        on_rows: Any = engine(self._placed(rows), COVARIANCES[self.covariance_type], self._reg_covar)
+        begun = on_rows.rows
+        start = self._begin(on_rows) if is_new else self._parameters.moved(begun.like, begun.dtype)
+        n_steps = getattr(self, "n_steps_", 0)
+        bound, parameters = stepwise(on_rows, start, (n_steps + step_delay) ** -step_decay)
+        if not math.isfinite(bound):
+            raise ValueError(f"the log-likelihood of X is {bound} under the mixture; rescale X, or start anew with fit")
+        self._set_parameters(parameters, rows)
+        self._set_progress([*getattr(self, "lower_bounds_", []), bound], converged=False)
+        self.backend_, self.precision_ = on_rows.backend, on_rows.precision
+        self.n_steps_ = n_steps + 1
+        return self
+
+    @takes_data
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Array:
         """Fit the mixture and return the labels of the same rows.
 
@@ -333,6 +475,7 @@ class Mixture(DensityMixin, Persistent):
         return self.fit(X, y, sample_weight).predict(X)
 
     @takes_data
+    @by_block
     def predict(self, X: Any) -> Array:
         """Most probable component of each row.
 
@@ -344,7 +487,7 @@ class Mixture(DensityMixin, Persistent):
         Returns
         -------
         labels : array of shape (n,), int64
-            In the library and on the device of X.
+            In the library and on the device of X; for a Dask array one that is computed when it is asked for.
 
         Raises
         ------
@@ -356,6 +499,7 @@ class Mixture(DensityMixin, Persistent):
         return self._on(X, "predict").labels()
 
     @takes_data
+    @by_block
     def predict_proba(self, X: Any) -> Array:
         """Probability of each component given the row (its responsibility).
 
@@ -367,7 +511,8 @@ class Mixture(DensityMixin, Persistent):
         Returns
         -------
         responsibilities : array of shape (n, k)
-            Rows sum to 1; in the library, on the device and in the dtype of X (float64 for integers).
+            Rows sum to 1; in the library, on the device and in the dtype of X (float64 for integers). For a Dask array
+            as `predict`.
 
         Raises
         ------
@@ -388,11 +533,33 @@ class Mixture(DensityMixin, Persistent):
         """The rows where they are to be computed."""
         return rows
 
+    def _check_parameters(self) -> None:
+        """Raise for parameters of the constructor that mean nothing."""
+        raise NotImplementedError
+
+    @property
+    def _k(self) -> tuple[str, int]:
+        """The parameter that says how many components there are, and its value."""
+        raise NotImplementedError
+
+    @property
+    def _reg_covar(self) -> float:
+        """What is added to each variance."""
+        raise NotImplementedError
+
+    def _begin(self, on_rows: Fitting) -> Parameters:
+        """Where EM starts."""
+        raise NotImplementedError
+
+    def _set_progress(self, lower_bounds: list[float], converged: bool) -> None:
+        """Publish how EM went."""
+        raise NotImplementedError
+
     @property
     def _parameters(self) -> Parameters:
         return Parameters(self.weights_, self.means_, self.covariances_, self.precisions_cholesky_)
 
-    def _set_parameters(self, parameters: Parameters, rows: Rows | Stream) -> None:
+    def _set_parameters(self, parameters: Parameters, rows: Described) -> None:
         """Publish parameters in the dtype of the data."""
         moved = parameters.moved(rows.like, floating_dtype(rows.like))
         self.weights_, self.means_ = moved.weights, moved.means

@@ -12,7 +12,7 @@ from sklearn.cluster import kmeans_plusplus
 
 from gaussmix import _numpy
 from gaussmix._arrays import array_namespace, asarray_like, to_numpy
-from gaussmix._data import Rows, Stream
+from gaussmix._data import Described, Rows
 from gaussmix._engine import Clusters, Fitting
 from gaussmix._parameters import Parameters, maximize
 from gaussmix._typing import Array
@@ -25,6 +25,18 @@ SAMPLE_ROWS_PER_COMPONENT = 256
 BLOCK_ELEMENTS = 2**18
 
 
+@dataclass(frozen=True)
+class Responsibilities:
+    """Those of k components for the next rows (b, k), drawn at random. A copy draws the same."""
+
+    random_state: np.random.RandomState
+    k: int
+
+    def __call__(self, b: int) -> Array:
+        drawn = self.random_state.uniform(size=(b, self.k))
+        return drawn / drawn.sum(axis=1, keepdims=True)
+
+
 def initialize(
     engine: Fitting, k: int, strategy: str, random_state: np.random.RandomState, means: Array | None = None
 ) -> Parameters:
@@ -34,12 +46,7 @@ def initialize(
     the nearest. "random" draws the responsibilities of each row instead.
     """
     if means is None and strategy == "random":
-
-        def draw(n: int) -> Array:
-            drawn = random_state.uniform(size=(n, k))
-            return drawn / drawn.sum(axis=1, keepdims=True)
-
-        statistics = engine.spread(k, draw)
+        statistics = engine.spread(k, Responsibilities(random_state, k))
         means = statistics.origin
     else:
         rows = engine.rows
@@ -50,7 +57,7 @@ def initialize(
     return maximize(statistics, means, engine.covariance, engine.reg_covar)
 
 
-def find_means(rows: Rows | Stream, k: int, strategy: str, random_state: np.random.RandomState) -> Array:
+def find_means(rows: Described, k: int, strategy: str, random_state: np.random.RandomState) -> Array:
     """Means (k, d) in float64 on the host, by "kmeans", "kmeans++" or "random_from_data"."""
     sample = rows.sample(max(SAMPLE_ROWS, SAMPLE_ROWS_PER_COMPONENT * k), random_state)
     seeds = SEEDS["random" if strategy == "random_from_data" else "kmeans++"](sample, k, random_state)
@@ -117,9 +124,7 @@ def lloyd(
 
 def mean_squared_distance(on_rows: Clusters, centroids: Array) -> float:
     """Weighted mean of the squared distances of the rows to the nearest centroid."""
-    xp = array_namespace(centroids)
-    found, weight = on_rows.squared_distances(centroids), on_rows.rows.sample_weight
-    return float(xp.mean(found) if weight is None else xp.sum(weight * found) / xp.sum(weight))
+    return on_rows.rows.average(on_rows.squared_distances(centroids))
 
 
 def _update(on_rows: Clusters, centroids: Array, middle: Array) -> Array:
@@ -135,12 +140,9 @@ def _update(on_rows: Clusters, centroids: Array, middle: Array) -> Array:
 
 def _reseeded(on_rows: Clusters, centroids: Array, empty: Array, n_empty: int) -> Array:
     """Empty clusters moved to the rows farthest from all centroids; unmoved where every row lies on one."""
-    xp, rows = array_namespace(centroids), on_rows.rows
-    distances = on_rows.squared_distances(centroids)
-    if rows.sample_weight is not None:
-        distances = xp.where(rows.sample_weight > 0, distances, 0)
-    order = to_numpy(xp.argsort(distances, descending=True, stable=True)[:n_empty])
-    order = order[to_numpy(distances)[order] > 0]
+    rows = on_rows.rows
+    order, distances = rows.largest(on_rows.squared_distances(centroids), n_empty)
+    order = order[distances > 0]
     # The i-th empty cluster takes the i-th farthest row.
     found = to_numpy(centroids).copy()
     positions = np.flatnonzero(to_numpy(empty))[: len(order)]

@@ -15,7 +15,7 @@ from gaussmix._dispatch import clusters, distances, shareable
 from gaussmix._distributed import Group, launch
 from gaussmix._em import progress_bar
 from gaussmix._engine import Clusters
-from gaussmix._estimator import Trained, takes_data
+from gaussmix._estimator import Trained, averaged, by_block, takes_data
 from gaussmix._initialization import (
     SAMPLE_ROWS,
     SAMPLE_ROWS_PER_COMPONENT,
@@ -139,7 +139,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         settings = self._settings()
         rows = validate_rows(self, X, reset=True, sample_weight=sample_weight, batch_size=self.batch_size)
         k = self.num_clusters
-        check_enough_rows(rows, "num_clusters", k)
+        check_enough_rows(rows.n_positive, "num_clusters", k)
 
         random_state = random_generator(self.random_state)
         run = _Run(k, self.init_strategy, self.convergence_tolerance, settings)
@@ -153,6 +153,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         return self
 
     @takes_data
+    @by_block
     def predict(self, X: Any) -> Array:
         """Nearest centroid of each row.
 
@@ -177,6 +178,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         return self.fit(X, y, sample_weight).predict(X)
 
     @takes_data
+    @by_block
     def transform(self, X: Any) -> Array:
         """Euclidean distances to all centroids.
 
@@ -201,6 +203,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         return self.fit(X, y, sample_weight).transform(X)
 
     @takes_data
+    @by_block
     def score_samples(self, X: Any) -> Array:
         """Squared distance of each row to the nearest centroid.
 
@@ -220,6 +223,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         return asarray_like(found, rows.like, floating_dtype(rows.like))
 
     @takes_data
+    @averaged
     def score(self, X: Any, y: Any = None) -> float:
         """Mean squared distance of a row to its centroid: smaller is better.
 
@@ -278,7 +282,7 @@ class _Run:
         on_rows = clusters(rows, group)
         max_iter = self.settings.max_epochs
         is_shown = self.settings.progress_bar and (group is None or group.rank == 0)
-        with progress_bar(is_shown, max_iter, "movement") as show:
+        with progress_bar(is_shown, max_iter, "movement", rows.shape[0]) as show:
             result = lloyd(on_rows, seeds, tolerance=self.tolerance, max_iter=max_iter, callback=show)
         return result, mean_squared_distance(on_rows, result.centroids)
 

@@ -1,5 +1,6 @@
 """GaussianMixture with PyCave's signature."""
 
+import os
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,14 +12,16 @@ from sklearn.exceptions import ConvergenceWarning
 
 from gaussmix import _interop
 from gaussmix._arrays import to_numpy
+from gaussmix._checkpoint import opened, run
 from gaussmix._covariance import COVARIANCES
-from gaussmix._data import Rows, Stream
-from gaussmix._dispatch import engine, shareable, shared_engine
-from gaussmix._distributed import Group, launch
-from gaussmix._em import EMResult, progress_bar, run_em
+from gaussmix._data import Described, Rows, Stream
+from gaussmix._dispatch import engine, shareable
+from gaussmix._distributed import Group, Share, launch, process_group, share_of
+from gaussmix._em import Callback, EMResult, progress_bar
 from gaussmix._engine import Fitting
-from gaussmix._estimator import Mixture, Trained, takes_data
+from gaussmix._estimator import Mixture, Trained, averaged, by_block, takes_data
 from gaussmix._initialization import initialize
+from gaussmix._parameters import Parameters
 from gaussmix._trainer import Settings
 from gaussmix._typing import Array
 from gaussmix._validation import (
@@ -101,6 +104,8 @@ class GaussianMixture(Mixture, Trained):
         Mean negative log-likelihood of a row in the last E-step.
     lower_bounds_ : list of float
         Mean log-likelihood of a row at each iteration's E-step.
+    n_steps_ : int
+        Number of steps that `partial_fit` took since the last `fit`.
     backend_ : str
         The implementation that ran, for example "numpy".
     precision_ : str
@@ -155,21 +160,47 @@ class GaussianMixture(Mixture, Trained):
         self.random_state = random_state
 
     @takes_data
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+    def fit(
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        callback: Callback | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 10,
+        resume: bool = False,
+        distributed: Any = None,
+    ) -> Self:
         """Fit the mixture to the rows of X.
 
         Parameters
         ----------
         X : array-like of shape (n, d)
             NumPy, CuPy or torch array, any other array of the array API standard, list or data frame. float32 stays
-            float32, half precision becomes float32, integers become float64; sums run in float64 in any case. A
-            `numpy.memmap` is read block by block. Also a torch `Dataset` or `DataLoader`, or any object that gives
-            blocks of rows (or tuples that begin with one) each time it is iterated over: gone through twice for the
-            start and once an iteration. `data` is another name for X.
+            float32, half precision becomes float32, integers become float64; sums run in float64 in any case.
+            Read block by block, anew in each pass (about three for the start, one an iteration), and never all in
+            memory: `numpy.memmap`, `h5py.Dataset` and `zarr.Array`; a torch `Dataset` or `DataLoader`; any object that
+            gives blocks of rows, or tuples that begin with one, each time it is iterated over; a Dask array. `data`
+            is another name for X.
         y : None
             Ignored; there for scikit-learn's pipelines.
         sample_weight : array-like of shape (n,), optional
             Weight of each row: an integer counts as so many equal rows, zero leaves a row out.
+        callback : callable, optional
+            Called after each iteration with its number, the mean log-likelihood of a row in its E-step and the
+            parameters after it (`weights`, `means`, `covariances`, `precision_cholesky`, in the precision that EM
+            runs in). The fit ends with what it has where the answer is true.
+        checkpoint : str or os.PathLike, optional
+            A file that says where the fit stands, written every `checkpoint_every` iterations and at its end; always
+            whole, whatever interrupts the fit.
+        checkpoint_every : int, default 10
+            Iterations between two of them.
+        resume : bool, default False
+            Go on from `checkpoint` where there is such a file: the result is that of a fit that was not interrupted.
+        distributed : "torch" or torch.distributed.ProcessGroup, optional
+            X is this process's share of the rows, which may be none: the processes that torchrun started, or those of
+            the group, fit one mixture to all of them. Attributes are the same in every process.
 
         Returns
         -------
@@ -187,39 +218,28 @@ class GaussianMixture(Mixture, Trained):
         sklearn.exceptions.ConvergenceWarning
             If EM did not converge within `max_epochs` iterations.
         """
-        check_integer("num_components", self.num_components, 1)
-        check_covariance_type(self.covariance_type)
-        check_option("init_strategy", self.init_strategy, INIT_STRATEGIES)
-        check_real("convergence_tolerance", self.convergence_tolerance)
-        check_real("covariance_regularization", self.covariance_regularization)
+        self._check_parameters()
         settings = self._settings()
         random_state = random_generator(self.random_state)
-        rows = validate_rows(
-            self,
-            X,
-            reset=True,
-            min_rows=2,
-            sample_weight=sample_weight,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-        )
+        group = None if distributed is None else process_group(distributed, X, settings.device)
+        rows = self._validated(X, sample_weight, group)
         k = self.num_components
-        check_enough_rows(rows, "num_components", k)
-        means = self.init_means
-        if means is not None:
-            means = validate_array("init_means", means, (k, rows.shape[1]))
-
+        check_enough_rows(rows.n_positive, "num_components", k)
         run = _Run(
             k,
             self.covariance_type,
             self.init_strategy,
-            means,
+            self._init_means(rows),
             self.covariance_regularization,
             self.convergence_tolerance,
             settings,
+            callback,
+            checkpoint,
+            checkpoint_every,
+            resume,
         )
         if settings.fabric is None:
-            result, self.backend_, self.precision_ = run(settings.placed(rows), random_state)
+            result, self.backend_, self.precision_ = run(rows, random_state)
         else:
             result, self.backend_, self.precision_ = launch(
                 settings.fabric, partial(run.shared, shareable(rows), random_state)
@@ -232,13 +252,12 @@ class GaussianMixture(Mixture, Trained):
                 stacklevel=3,
             )
         self._set_parameters(result.parameters, Rows(settings.rounded(rows.like[:0, :])))
-        self.converged_ = result.converged
-        self.num_iter_ = len(result.lower_bounds)
-        self.lower_bounds_ = result.lower_bounds
-        self.nll_ = -result.lower_bounds[-1] if result.lower_bounds else float("inf")
+        self._set_progress(result.lower_bounds, result.converged)
+        self.n_steps_ = 0
         return self
 
     @takes_data
+    @by_block
     def score_samples(self, X: Any) -> Array:
         """Negative log-likelihood of each row, in nats.
 
@@ -260,6 +279,7 @@ class GaussianMixture(Mixture, Trained):
         return -self._on(X, "score_samples").log_evidence()
 
     @takes_data
+    @averaged
     def score(self, X: Any, y: Any = None) -> float:
         """Mean negative log-likelihood of a row, in nats: smaller is better.
 
@@ -393,6 +413,54 @@ class GaussianMixture(Mixture, Trained):
 
         return GaussianMixtureModel.of(self.weights_, self.means_, self.precisions_cholesky_, self.covariance_type)
 
+    def _check_parameters(self) -> None:
+        check_integer("num_components", self.num_components, 1)
+        check_covariance_type(self.covariance_type)
+        check_option("init_strategy", self.init_strategy, INIT_STRATEGIES)
+        check_real("convergence_tolerance", self.convergence_tolerance)
+        check_real("covariance_regularization", self.covariance_regularization)
+
+    @property
+    def _k(self) -> tuple[str, int]:
+        return "num_components", self.num_components
+
+    @property
+    def _reg_covar(self) -> float:
+        return self.covariance_regularization
+
+    def _begin(self, on_rows: Fitting) -> Parameters:
+        random_state = random_generator(self.random_state)
+        return initialize(
+            on_rows, self.num_components, self.init_strategy, random_state, self._init_means(on_rows.rows)
+        )
+
+    def _init_means(self, rows: Described) -> Array | None:
+        if self.init_means is None:
+            return None
+        return validate_array("init_means", self.init_means, (self.num_components, rows.shape[1]))
+
+    def _set_progress(self, lower_bounds: list[float], converged: bool) -> None:
+        self.converged_, self.num_iter_, self.lower_bounds_ = converged, len(lower_bounds), lower_bounds
+        self.nll_ = -lower_bounds[-1] if lower_bounds else float("inf")
+
+    def _validated(self, X: Any, sample_weight: Any, group: Group | None) -> Any:
+        """The rows to fit to; with a group, those of all its processes."""
+
+        def validated() -> Rows | Stream:
+            return validate_rows(
+                self,
+                X,
+                reset=True,
+                min_rows=2 if group is None else 0,
+                sample_weight=sample_weight,
+                batch_size=self.batch_size,
+                num_workers=self.num_workers,
+            )
+
+        if group is None:
+            return validated()
+        return Share.of(group.all_or_none(lambda: self._settings().placed(validated())), group)
+
     def _placed(self, rows: Rows | Stream) -> Rows | Stream:
         return self._settings(warn=False).placed(rows)
 
@@ -408,24 +476,45 @@ class _Run:
     reg_covar: float
     tolerance: float
     settings: Settings
+    callback: Callback | None
+    checkpoint: str | os.PathLike[str] | None
+    checkpoint_every: int
+    resume: bool
 
-    def __call__(
-        self, rows: Rows | Stream, random_state: np.random.RandomState, group: Group | None = None
-    ) -> tuple[EMResult, str, str]:
+    def __call__(self, rows: Rows | Stream | Share, random_state: np.random.RandomState) -> tuple[EMResult, str, str]:
         """Start and EM: the result, the implementation and its arithmetic."""
-        of = (rows, COVARIANCES[self.covariance_type], self.reg_covar)
-        on_rows: Fitting = engine(*of) if group is None else shared_engine(*of, group)
-        start = initialize(on_rows, self.k, self.init_strategy, random_state, self.means)
+        group, callback = rows.group if isinstance(rows, Share) else None, self.callback
+        if isinstance(rows, Share):
+            random_state = rows.group.from_first(random_state)
+            callback = None if callback is None else rows.group.agreed(callback)
+        else:
+            rows = self.settings.placed(rows)
+        checkpoint, state = opened(
+            self.checkpoint,
+            self.checkpoint_every,
+            {"num_components": self.k, "covariance_type": self.covariance_type, "shape": list(rows.shape)},
+            resume=self.resume,
+            group=group,
+        )
         max_iter = self.settings.max_epochs
         is_shown = self.settings.progress_bar and (group is None or group.rank == 0)
-        with progress_bar(is_shown, max_iter, "log-likelihood") as show:
-            result = run_em(on_rows, start, tolerance=self.tolerance, max_iter=max_iter, callback=show)
+        with progress_bar(is_shown, max_iter, "log-likelihood", rows.shape[0]) as bar:
+            if bar is not None and isinstance(rows, Stream):
+                rows = rows.watched(bar.read)
+            on_rows = engine(rows, COVARIANCES[self.covariance_type], self.reg_covar)
+            result = run(
+                on_rows,
+                lambda: initialize(on_rows, self.k, self.init_strategy, random_state, self.means),
+                tolerance=self.tolerance,
+                max_iter=max_iter,
+                callbacks=[each for each in (bar, callback) if each is not None],
+                checkpoint=checkpoint,
+                state=state,
+            )
         return result, on_rows.backend, on_rows.precision
 
-    def shared(
-        self, rows: Rows | Stream, random_state: np.random.RandomState, group: Group
-    ) -> tuple[EMResult, str, str]:
-        """The same in several processes; with arrays in host memory, which travel between them."""
-        rows = replace(self.settings, device=group.device).placed(rows)
-        result, backend, precision = self(rows, group.from_first(random_state), group)
+    def shared(self, rows: Rows, random_state: np.random.RandomState, group: Group) -> tuple[EMResult, str, str]:
+        """The same in processes that all have the rows; with arrays in host memory, which travel between them."""
+        placed = replace(self.settings, device=group.device).placed(rows.part(share_of(rows, group)))
+        result, backend, precision = self(Share.of(placed, group), random_state)
         return replace(result, parameters=result.parameters.mapped(to_numpy)), backend, precision

@@ -196,8 +196,9 @@ class Engine(_Threaded):
         self._middle_of_rows = middle
         self._dtype = np.dtype(np.float32 if self.rows.array.dtype == np.float32 else np.float64)
         self._forms = [form for form in FORMS if form.dtype.itemsize >= self._dtype.itemsize]
-        self._labels: Array | None = None
+        self.hints: Array | None = None  # the component nearest to each row, as far as it is known
         self._was_pruned = False
+        self._keeps = True
         self._kept: dict[tuple[np.dtype[Any], int], Array] = {}
 
     @property
@@ -206,14 +207,15 @@ class Engine(_Threaded):
         return FORMS[-1].precision if self._was_pruned else self._forms[0].precision
 
     @property
-    def is_last(self) -> bool:
-        """Whether no form could be more exact than the one in use."""
-        return len(self._forms) == 1
+    def forms(self) -> tuple[str, ...]:
+        """The forms of the E-step that are left, the one in use first, the most exact last."""
+        return tuple(form.precision for form in self._forms)
 
     def on(self, rows: Rows) -> "Engine":
         """The engine for other rows: about the same point, in the same form from now on."""
         other = Engine(rows, self.covariance, self.reg_covar, self._shift)
         other._forms = self._forms
+        other._keeps = False  # a block is not seen again
         return other
 
     def assign(self, means: Array) -> SufficientStatistics:
@@ -227,7 +229,7 @@ class Engine(_Threaded):
             return _pruning.assign(rows, self._weight(slab), labels[slab], means, self.covariance)
 
         total = _total(self._run(statistics, len(means)))
-        self._labels = labels
+        self.hints = labels
         return total
 
     def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:
@@ -295,10 +297,10 @@ class Engine(_Threaded):
         bounds = self._bounds(parameters, self._shift)
         if bounds is None:
             return None
-        guess, k = self._labels is None, len(parameters.weights)
-        if guess:
-            self._labels = np.empty(self.rows.shape[0], dtype=np.min_scalar_type(-k))
-        labels: Array = self._labels
+        k = len(parameters.weights)
+        guess = self.hints is None or len(self.hints) != self.rows.shape[0]
+        labels: Array = np.empty(self.rows.shape[0], dtype=np.min_scalar_type(-k)) if guess else self.hints
+        self.hints = labels
 
         def statistics(slab: slice) -> SufficientStatistics:
             rows = np.asarray(self.rows.array[slab])
@@ -461,7 +463,7 @@ class Engine(_Threaded):
         key = (buffer.dtype, block.start)
         if key in self._kept:
             return self._kept[key]
-        if self.rows.shape[0] * self.n_features * buffer.itemsize > KEPT_BYTES:
+        if not self._keeps or self.rows.shape[0] * self.n_features * buffer.itemsize > KEPT_BYTES:
             return self._features(block, shift, buffer[:, : block.stop - block.start])
         phi = np.empty((self.n_features, block.stop - block.start), dtype=buffer.dtype)
         return self._kept.setdefault(key, self._features(block, shift, phi))
@@ -563,29 +565,59 @@ def _log_weights(weights: Array) -> Array:
 def one_blas_thread() -> Iterator[int]:
     """Within it, BLAS runs on the calling thread alone; gives the number of threads that it would have used.
 
-    The setting belongs to the process. Where several threads are inside at once, the last to leave restores it.
+    That is 1 within `on_one_thread`. The setting belongs to the process: where several threads are inside at once, the
+    last to leave restores it.
     """
     with _blas.lock:
         if _blas.inside == 0:
-            _blas.threads = max((library.num_threads for library in _controller().lib_controllers), default=1)
-            _blas.limiter = _controller().limit(limits=1)
+            _blas.before = [library.num_threads for library in _controller().lib_controllers]
+            _set_blas_threads([1] * len(_blas.before))
         _blas.inside += 1
-        threads = _blas.threads
+        threads = max(_blas.before, default=1)
     try:
-        yield threads
+        yield 1 if _blas.of_this_thread.is_one_of_many else threads
     finally:
         with _blas.lock:
             _blas.inside -= 1
             if _blas.inside == 0:
-                _blas.limiter.restore_original_limits()
+                _set_blas_threads(_blas.before)
+
+
+def _set_blas_threads(numbers: list[int]) -> None:
+    for library, number in zip(_controller().lib_controllers, numbers, strict=True):
+        # In threadpoolctl 3.8 the first thread that sets it keeps all others from doing so. Of ours, one sets it and
+        # another one restores it.
+        release = getattr(library, "clear_controlling_thread", None)
+        if release is not None:
+            release(force=True)
+        library.set_num_threads(number)
+        if release is not None:
+            release(force=True)
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Within it, the calling thread starts no others: it is one of many already."""
+    before = _blas.of_this_thread.is_one_of_many
+    _blas.of_this_thread.is_one_of_many = True
+    try:
+        with one_blas_thread():
+            yield
+    finally:
+        _blas.of_this_thread.is_one_of_many = before
+
+
+class _OfThread(threading.local):
+    is_one_of_many = False
 
 
 class _Blas:
     """Who is inside `one_blas_thread`."""
 
     def __init__(self) -> None:
-        self.lock, self.inside, self.threads = threading.Lock(), 0, 1
-        self.limiter: Any = None
+        self.lock, self.inside = threading.Lock(), 0
+        self.before: list[int] = []  # threads of each library before that
+        self.of_this_thread = _OfThread()
 
 
 _blas = _Blas()

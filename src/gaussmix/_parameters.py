@@ -55,6 +55,16 @@ class SufficientStatistics:
             self.log_likelihood + other.log_likelihood,
         )
 
+    def scaled(self, factor: float) -> "SufficientStatistics":
+        """The statistics of so many times the rows."""
+        return SufficientStatistics(
+            self.origin,
+            factor * self.counts,
+            factor * self.first_moments,
+            factor * self.second_moments,
+            factor * self.log_likelihood,
+        )
+
     def about(self, origin: Array, covariance: Covariance) -> "SufficientStatistics":
         """The same statistics about another origin."""
         if origin is self.origin:
@@ -95,6 +105,15 @@ def maximize(statistics: SufficientStatistics, means: Array, covariance: Covaria
         raise singular_covariance(component, float(count), reg_covar)
     means = xp.where(counts[:, None] > 0, statistics.origin + shifts, means)
     return Parameters(counts / xp.sum(counts), means, covariances, precision_cholesky)
+
+
+def statistics_of(parameters: Parameters, covariance: Covariance, reg_covar: float) -> SufficientStatistics:
+    """Statistics of weight 1 in all from which `maximize` makes these parameters; without a likelihood."""
+    weights, means = parameters.weights, parameters.means
+    estimated = covariance.regularize(parameters.covariances, -reg_covar)
+    return SufficientStatistics(
+        means, weights, 0 * means, covariance.scatter(estimated, weights, means.shape[1]), 0 * weights[0]
+    )
 
 
 class SingularCovarianceError(np.linalg.LinAlgError):

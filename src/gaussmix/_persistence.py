@@ -6,7 +6,6 @@ save, what is loaded is wholly the old or wholly the new estimator. `params.json
 is what an unfitted estimator consists of.
 """
 
-import hashlib
 import json
 import os
 import warnings
@@ -15,13 +14,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 from array_api_compat import is_array_api_obj
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as serialize
 from sklearn.utils.validation import check_is_fitted
 
 from gaussmix import _old_models
 from gaussmix._arrays import to_numpy
-from gaussmix._files import damaged, make_folder, read_json, replace
+from gaussmix._files import damaged, make_folder, read_arrays, read_json, replace, with_arrays
 
 FORMAT = 1
 PARAMS, MODEL = "params.json", "model.safetensors"
@@ -80,7 +77,7 @@ def load_attributes(estimator: Any, path: str | os.PathLike[str]) -> None:
 def _read(cls: type[E], folder: Path) -> tuple[E, dict[str, Any]]:
     """An unfitted estimator, and its fitted attributes."""
     if (folder / MODEL).is_file():
-        arrays, metadata = _read_model(folder / MODEL)
+        arrays, metadata = read_arrays(folder / MODEL)
     elif (folder / PARAMS).is_file():
         arrays, metadata = {}, read_json(folder / PARAMS)
     else:
@@ -104,8 +101,7 @@ def _model(estimator: Any, params: dict[str, Any]) -> bytes:
     fitted = {name: getattr(estimator, name) for name in estimator.persistent_attributes}
     arrays = {name: np.ascontiguousarray(to_numpy(value)) for name, value in fitted.items() if _is_numeric(value)}
     attributes = {name: _encode(name, value) for name, value in fitted.items() if name not in arrays}
-    metadata = params | {"attributes": attributes, "sha256": _digest(arrays)}
-    return serialize(arrays, {"gaussmix": json.dumps(metadata)})
+    return with_arrays(arrays, params | {"attributes": attributes})
 
 
 def _class_name(cls: type) -> str:
@@ -161,23 +157,3 @@ def _decode(value: Any) -> Any:
     if isinstance(value, dict) and value.keys() == {"array", "dtype"}:
         return np.asarray(value["array"], dtype=value["dtype"])
     return value
-
-
-def _digest(arrays: dict[str, Any]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(arrays[name].tobytes())
-    return digest.hexdigest()
-
-
-def _read_model(path: Path) -> tuple[dict[str, Any], Any]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = json.loads((file.metadata() or {}).get("gaussmix", "null"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, ValueError) as error:
-        raise damaged(path, error) from error
-    if isinstance(metadata, dict) and metadata.get("sha256") != _digest(arrays):
-        raise damaged(path, "its arrays are not those that were saved")
-    return arrays, metadata

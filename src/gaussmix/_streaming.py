@@ -19,6 +19,11 @@ from gaussmix._typing import Array
 class Engine(Summed):
     """EM and inference on one data set for one covariance type."""
 
+    def __init__(self, rows: Stream, on_block: BlockEngine) -> None:
+        super().__init__(rows, on_block)
+        # What the engine of a block found that the next pass can use; a byte or two a row.
+        self._hints: dict[int, Array | None] = {}
+
     rows: Stream
     _last_block: BlockEngine | None = None
 
@@ -53,8 +58,13 @@ class Engine(Summed):
         return self._concatenated(methodcaller("labels", parameters))
 
     def _sum(self, statistics: Callable[[BlockEngine], SufficientStatistics], origin: Array) -> SufficientStatistics:
-        parts = (statistics(block).about(origin, self.covariance) for block in self._blocks())
-        return reduce(add, parts)
+        return reduce(add, (part.about(origin, self.covariance) for part in self._parts(statistics)))
+
+    def _parts(self, statistics: Callable[[BlockEngine], SufficientStatistics]) -> Iterator[SufficientStatistics]:
+        for number, block in enumerate(self._blocks()):
+            block.hints = self._hints.get(number)
+            yield statistics(block)
+            self._hints[number] = block.hints
 
     def _concatenated(self, values: Callable[[BlockEngine], Array]) -> Array:
         return _concatenated(values(block) for block in self._blocks())

@@ -1,8 +1,6 @@
 """PyCave's `trainer_params`: what Lightning's settings mean where no Trainer runs."""
 
 import logging
-import sys
-import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -13,6 +11,7 @@ from gaussmix._arrays import array_namespace
 from gaussmix._data import Rows, Stream
 from gaussmix._typing import Array
 from gaussmix._validation import check_integer
+from gaussmix._warnings import warn_user
 
 # Logging, checkpoints and summaries of Lightning's Trainer: nothing here depends on them.
 IGNORED = (
@@ -80,7 +79,9 @@ def settings(trainer_params: dict[str, Any] | None, default_max_epochs: int = 10
             f"trainer_params has unknown settings {unknown}; known are {', '.join(sorted((*IGNORED, *KNOWN)))}"
         )
     if warn and (ignored := sorted(name for name in IGNORED if params.get(name))):
-        _warn(f"trainer_params {ignored} are ignored: gaussmix runs no Lightning Trainer; leave them out", UserWarning)
+        warn_user(
+            f"trainer_params {ignored} are ignored: gaussmix runs no Lightning Trainer; leave them out", UserWarning
+        )
     params = {name: value for name, value in params.items() if value is not None}
     max_epochs = params.get("max_epochs", default_max_epochs)
     check_integer("trainer_params['max_epochs']", max_epochs, 0)
@@ -114,7 +115,7 @@ def translated(trainer_params: dict[str, Any] | None, *, warn: bool = True) -> d
     for name, new in replaced.items():
         if warn:
             remedy = ", ".join(f"{key}={value!r}" for key, value in new.items())
-            _warn(f"trainer_params[{name!r}] is Lightning 1.x; pass {remedy}", DeprecationWarning)
+            warn_user(f"trainer_params[{name!r}] is Lightning 1.x; pass {remedy}", DeprecationWarning)
         params = new | params
     return params
 
@@ -156,14 +157,6 @@ def _fabric(params: dict[str, Any]) -> dict[str, Any] | None:
     asked = many or any(params.get(name) not in (None, "auto") for name in ("strategy", "plugins"))
     names = ("accelerator", "devices", "num_nodes", "plugins", "strategy")
     return {name: params[name] for name in names if name in params} if asked else None
-
-
-def _warn(message: str, category: type[Warning]) -> None:
-    """A warning that names the line outside of the library which led to it: deprecations are shown there only."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("gaussmix"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
 
 
 def _has_gpu() -> bool:

@@ -36,6 +36,8 @@ LEAST_WEIGHT = 1e-6
 # Largest tolerable error of a centred variance, relative to it; rounded rows are off by eps times their offset.
 CENTRED_TOLERANCE = 5e-5
 EXACT_EPS = 2.0**-52
+# The arithmetic of `_array_api`, and of kernels that are as exact.
+EXACT = "centred-float64"
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Engine(_Rows):
     """EM and inference on one data set for one covariance type."""
 
     backend = "triton"
+    hints: Array | None = None
 
     def __init__(self, rows: Rows, covariance: Covariance, reg_covar: float, middle: Array | None = None) -> None:
         super().__init__(rows)
@@ -144,7 +147,7 @@ class Engine(_Rows):
     @property
     def precision(self) -> str:
         """The arithmetic of the last E-step; before it, of the next."""
-        return self._forms[0].precision if self._forms else "centred-float64"
+        return self._forms[0].precision if self._forms else EXACT
 
     def on(self, rows: Rows) -> "Engine":
         """The engine for other rows: about the same point, in the same form from now on."""
@@ -162,7 +165,7 @@ class Engine(_Rows):
             try:
                 new = maximize(statistics, asarray_like(means, statistics.counts), self.covariance, self.reg_covar)
             except SingularCovarianceError:
-                if self.is_last:
+                if len(self.forms) == 1:
                     return statistics
                 self.fall_back("a covariance came out singular")
                 continue
@@ -183,7 +186,7 @@ class Engine(_Rows):
         """
         self._fall_back_for(parameters)
         while self._forms:
-            em, last = self._em(), self.is_last
+            em, last = self._em(), len(self.forms) == 1
             most_kappa, most_ratio = self._forms[0].limits(self._dtype, self.rows.shape[1])
             settings = kernels.Settings.of(
                 em.data,
@@ -273,9 +276,10 @@ class Engine(_Rows):
         return _array_api.Engine(self.rows, self.covariance, self.reg_covar, self._middle)
 
     @property
-    def is_last(self) -> bool:
-        """Whether no form could be more exact than the one in use."""
-        return self.precision == "centred-float64"
+    def forms(self) -> tuple[str, ...]:
+        """The forms of the E-step that are left, the one in use first, the most exact last."""
+        names = [form.precision for form in self._forms]
+        return tuple(names if names and names[-1] == EXACT else [*names, EXACT])
 
     @_on_stream
     def is_exact_for(self, parameters: Parameters) -> bool:

@@ -1,11 +1,13 @@
 """The edge: what users pass in is checked here, and an error names the cause, the value and the remedy."""
 
+import math
+import sys
 from collections.abc import Collection
 from numbers import Integral
 from typing import Any
 
 import numpy as np
-from array_api_compat import is_array_api_obj, is_torch_array
+from array_api_compat import is_array_api_obj, is_dask_array, is_torch_array
 from sklearn import get_config
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import validate_data
@@ -37,12 +39,15 @@ def validate_rows(
     if batch_size is not None:
         check_integer("batch_size", batch_size, 1)
     check_integer("num_workers", num_workers, 0)
+    if is_dask_array(X):
+        return _validate_dask(estimator, X, reset, min_rows, sample_weight)
+    _refuse_dask(X)
     X = readable(X, batch_size, num_workers)
     if isinstance(X, Blocks):
         return _validate_stream(estimator, X, reset, min_rows, sample_weight)
     if isinstance(X, np.ndarray):
         # What scikit-learn would pass on as it is, it takes longer to look at than a small prediction does.
-        own = isinstance(X, np.memmap) or (
+        own = (
             type(X) is np.ndarray
             and X.ndim == 2
             and X.dtype in (np.float32, np.float64)
@@ -67,7 +72,9 @@ def validate_rows(
             ensure_min_samples=min_rows,
         )
     check_finite(X)
-    weight = None if sample_weight is None else validate_weights(sample_weight, X.shape[0], X)
+    weight = None
+    if sample_weight is not None:
+        weight = validate_weights(sample_weight, X.shape[0], X, may_be_zero=min_rows == 0)
     return Rows(X, weight, batch_size)
 
 
@@ -79,9 +86,10 @@ def _validate_stream(estimator: Any, blocks: Blocks, reset: bool, min_rows: int,
         x = _validate_array(block)
         xp = array_namespace(x)
         if like is None:
-            like = xp.astype(x[: min(KEPT_ROWS, x.shape[0]), :], floating_dtype(x), copy=False)
+            # A copy: a view would keep the whole block.
+            like = xp.astype(x[: min(KEPT_ROWS, x.shape[0]), :], floating_dtype(x), copy=True)
             if sample_weight is not None:
-                weight = validate_weights(sample_weight, None, like)
+                weight = validate_weights(sample_weight, None, like, may_be_zero=min_rows == 0)
         if type(x) is not type(like) or x.shape[1] != like.shape[1]:
             raise ValueError(
                 f"block {number} (after row {n}) is a {type(x).__name__} with {x.shape[1]} features, the first one a "
@@ -93,15 +101,15 @@ def _validate_stream(estimator: Any, blocks: Blocks, reset: bool, min_rows: int,
             check_finite(x, first_row=n)
         part = slice(n, n + x.shape[0])
         n = part.stop
-        values = xp.astype(x, working_dtype(x), copy=False)
+        values = x
         if weight is not None:
             if n > weight.shape[0]:
                 shape = tuple(weight.shape)
                 raise ValueError(
                     f"sample_weight has shape {shape}, and the data more rows; pass one weight for each row"
                 )
-            values = values * weight[part, None]
-        totals.append(xp.sum(values, axis=0))
+            values = weight[part, None] * xp.astype(x, weight.dtype, copy=False)
+        totals.append(xp.sum(values, axis=0, dtype=working_dtype(x)))
     if like is None:
         raise ValueError(
             "the data gave no blocks; pass an object that gives blocks of rows each time it is iterated over (an "
@@ -111,12 +119,62 @@ def _validate_stream(estimator: Any, blocks: Blocks, reset: bool, min_rows: int,
     if weight is not None and weight.shape != (n,):
         raise ValueError(f"sample_weight has shape {tuple(weight.shape)}; pass one weight for each of the {n} rows")
     dtype = like.dtype
-    middle = sum(totals[1:], totals[0]) / (n if weight is None else array_namespace(weight).sum(weight))
+    total = n if weight is None else float(array_namespace(weight).sum(weight))
+    middle = sum(totals[1:], totals[0]) / (total or 1)
     return Stream(lambda: blocks.converted(dtype), (n, like.shape[1]), like, middle, weight)
 
 
+def _refuse_dask(X: Any) -> None:
+    """Raise TypeError for what holds Dask arrays: as an array in memory it would be computed, whatever its size."""
+    dask = sys.modules.get("dask")
+    if dask is not None and dask.base.is_dask_collection(X):
+        raise TypeError(
+            f"X is a {type(X).__module__}.{type(X).__qualname__}, which Dask has not computed; pass a Dask array: "
+            "X.to_dask_array(lengths=True) of a data frame, X.data of xarray's arrays"
+        )
+
+
+def _validate_dask(estimator: Any, X: Any, reset: bool, min_rows: int, sample_weight: Any) -> Stream:
+    """One pass over the blocks of a Dask array, for its mean and what is wrong with it."""
+    # Imports dask, whose array it is.
+    from gaussmix import _dask
+
+    X = validate_lazy(X)
+    n, d = X.shape
+    if math.isnan(n):
+        raise ValueError(
+            "the Dask array does not know the sizes of its chunks, and a fit needs them; pass X.compute_chunk_sizes(), "
+            "or to_dask_array(lengths=True) of a data frame"
+        )
+    _check_shape(estimator, n, d, reset, min_rows)
+    if sample_weight is not None and not is_dask_array(sample_weight):
+        sample_weight = validate_weights(sample_weight, n, np.empty(0))
+    elif sample_weight is not None and not array_namespace(sample_weight).isdtype(
+        sample_weight.dtype, ("real floating", "integral", "bool")
+    ):
+        raise ValueError(f"sample_weight has dtype {sample_weight.dtype}; pass numbers")
+    elif sample_weight is not None and sample_weight.shape != (n,):
+        raise ValueError(f"sample_weight has shape {sample_weight.shape}; pass one weight for each of the {n} rows")
+    return _dask.rows_of(X, sample_weight, _check_block)
+
+
+def validate_lazy(X: Any) -> Any:
+    """A Dask array of two dimensions and real numbers, with whole rows in its chunks; nothing is computed."""
+    X = _validate_array(X)
+    if math.isnan(X.shape[1]):
+        raise ValueError("the Dask array does not know its number of features; pass X.compute_chunk_sizes()")
+    return X.rechunk({1: -1}) if X.numblocks[1] > 1 else X
+
+
+def _check_block(x: Array, weight: Array | None, first_row: int) -> None:
+    """Raise for rows that are not finite, and for weights that are no weights."""
+    check_finite(_validate_array(x), first_row)
+    if weight is not None:
+        _checked_weights(to_numpy(weight))
+
+
 def _validate_array(X: Array) -> Array:
-    """Two dimensions of real numbers: for arrays that need no conversion, memory maps and other libraries."""
+    """Two dimensions of real numbers: for arrays that need no conversion, and other libraries."""
     if is_torch_array(X):
         X = X.detach()
     xp = array_namespace(X)
@@ -129,9 +187,7 @@ def _validate_array(X: Array) -> Array:
         raise ValueError(f"Complex data not supported: X has dtype {X.dtype}; pass real numbers")
     if not xp.isdtype(X.dtype, ("real floating", "integral", "bool")):
         raise ValueError(f"X has dtype {X.dtype}; pass floating-point numbers or integers")
-    if isinstance(X, np.memmap) or X.dtype in (xp.float32, xp.float64):
-        return X
-    return xp.astype(X, floating_dtype(X))
+    return xp.astype(X, floating_dtype(X), copy=False)
 
 
 def _check_shape(estimator: Any, n: int, d: int, reset: bool, min_rows: int) -> None:
@@ -175,10 +231,10 @@ def check_finite(X: Array, first_row: int = 0) -> None:
         )
 
 
-def validate_weights(sample_weight: Any, n: int | None, like: Array) -> Array:
+def validate_weights(sample_weight: Any, n: int | None, like: Array, *, may_be_zero: bool = False) -> Array:
     """Weights of n rows (n,), in the library and on the device of `like`, in the working dtype.
 
-    With n = None for rows that are yet to be counted.
+    With n = None for rows that are yet to be counted. All of them zero is for a share of the rows alone.
     """
     weight = to_numpy(sample_weight)
     if weight.ndim == 0 and n is not None and np.issubdtype(weight.dtype, np.number):
@@ -186,17 +242,22 @@ def validate_weights(sample_weight: Any, n: int | None, like: Array) -> Array:
     if weight.ndim != 1 or n not in (None, len(weight)):
         which = "row" if n is None else f"of the {n} rows"
         raise ValueError(f"sample_weight has shape {weight.shape}; pass one weight for each {which}")
+    weight = _checked_weights(weight)
+    if not (may_be_zero or weight.any()):
+        raise ValueError("sample_weight is zero for every row; at least one row needs a positive weight")
+    return asarray_like(weight, like, working_dtype(like))
+
+
+def _checked_weights(weight: Array) -> Array:
     try:
         weight = weight.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"sample_weight has dtype {weight.dtype}; pass numbers") from error
     if not np.all(np.isfinite(weight)):
         raise ValueError("sample_weight contains NaN or infinity; pass finite weights")
-    if weight.min() < 0:
+    if weight.min(initial=0) < 0:
         raise ValueError(f"sample_weight contains a negative value, {weight.min():g}; pass weights >= 0")
-    if not weight.any():
-        raise ValueError("sample_weight is zero for every row; at least one row needs a positive weight")
-    return asarray_like(weight, like, working_dtype(like))
+    return weight
 
 
 def check_same_library(X: Array, estimator: Any, fitted: Array, method: str) -> None:
@@ -214,12 +275,8 @@ def check_same_library(X: Array, estimator: Any, fitted: Array, method: str) -> 
         )
 
 
-def check_enough_rows(rows: Rows | Stream, name: str, k: int) -> None:
-    """Raise ValueError where there are fewer rows of positive weight than components."""
-    n = rows.shape[0]
-    if rows.sample_weight is not None:
-        xp = array_namespace(rows.sample_weight)
-        n = int(xp.sum(xp.astype(rows.sample_weight > 0, xp.int64)))
+def check_enough_rows(n: int, name: str, k: int) -> None:
+    """Raise ValueError where there are fewer rows of positive weight, n, than components."""
     if n < k:
         raise ValueError(
             f"Expected n_samples >= {name} but got {name} = {k}, n_samples = {n}; use fewer components or more data"

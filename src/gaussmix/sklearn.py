@@ -1,14 +1,17 @@
 """GaussianMixture with scikit-learn's signature, attributes and sign."""
 
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
+from array_api_compat import is_dask_array
 from sklearn import get_config
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as Reference
@@ -17,12 +20,14 @@ from sklearn.utils.validation import check_is_fitted
 
 from gaussmix import _interop
 from gaussmix._arrays import array_namespace, asarray_like, floating_dtype, working_dtype
+from gaussmix._checkpoint import State, opened, run
 from gaussmix._covariance import COVARIANCES, Covariance
-from gaussmix._data import Rows, Stream
+from gaussmix._data import Described, Rows
 from gaussmix._dispatch import engine
-from gaussmix._em import EMResult, best_of, run_em
-from gaussmix._engine import Engine
-from gaussmix._estimator import Mixture
+from gaussmix._distributed import Group, Share, process_group
+from gaussmix._em import Callback, EMResult, best_of
+from gaussmix._engine import Fitting
+from gaussmix._estimator import Mixture, averaged, by_block, sum_of_blocks
 from gaussmix._initialization import find_means, initialize
 from gaussmix._parameters import Parameters, SingularCovarianceError
 from gaussmix._typing import Array
@@ -113,6 +118,8 @@ class GaussianMixture(Mixture):
         Mean log-likelihood of a row in the last E-step of the best start.
     lower_bounds_ : list of float
         The same for each iteration.
+    n_steps_ : int
+        Number of steps that `partial_fit` took since the last `fit`.
     backend_ : str
         The implementation that ran, for example "numpy".
     precision_ : str
@@ -178,19 +185,46 @@ class GaussianMixture(Mixture):
         self.verbose = verbose
         self.verbose_interval = verbose_interval
 
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+    def fit(
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        callback: Callback | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 10,
+        resume: bool = False,
+        distributed: Any = None,
+    ) -> Self:
         """Fit the mixture to the rows of X.
 
         Parameters
         ----------
         X : array-like of shape (n, d)
             NumPy, CuPy or torch array, any other array of the array API standard, list or data frame. float32 stays
-            float32, half precision becomes float32, integers become float64; sums run in float64 in any case. A
-            `numpy.memmap` is read block by block.
+            float32, half precision becomes float32, integers become float64; sums run in float64 in any case.
+            Read block by block, anew in each pass (about three for the start, one an iteration), and never all in
+            memory: `numpy.memmap`, `h5py.Dataset` and `zarr.Array`; a torch `Dataset` or `DataLoader`; any object that
+            gives blocks of rows, or tuples that begin with one, each time it is iterated over; a Dask array.
         y : None
             Ignored; there for pipelines.
         sample_weight : array-like of shape (n,), optional
             Weight of each row: an integer counts as so many equal rows, zero leaves a row out.
+        callback : callable, optional
+            Called after each iteration with its number, the mean log-likelihood of a row in its E-step and the
+            parameters after it (`weights`, `means`, `covariances`, `precision_cholesky`, in the precision that EM
+            runs in). The fit ends with what it has where the answer is true.
+        checkpoint : str or os.PathLike, optional
+            A file that says where the fit stands, written every `checkpoint_every` iterations and at its end; always
+            whole, whatever interrupts the fit.
+        checkpoint_every : int, default 10
+            Iterations between two of them.
+        resume : bool, default False
+            Go on from `checkpoint` where there is such a file: the result is that of a fit that was not interrupted.
+        distributed : "torch" or torch.distributed.ProcessGroup, optional
+            X is this process's share of the rows, which may be none: the processes that torchrun started, or those of
+            the group, fit one mixture to all of them. Attributes are the same in every process.
 
         Returns
         -------
@@ -208,22 +242,43 @@ class GaussianMixture(Mixture):
         sklearn.exceptions.ConvergenceWarning
             If the best start did not converge within `max_iter` iterations.
         """
-        if not get_config()["skip_parameter_validation"]:
-            self._validate_params()
+        self._check_parameters()
         covariance = COVARIANCES[self.covariance_type]
-        rows = validate_rows(self, X, reset=True, min_rows=2, sample_weight=sample_weight)
-        check_enough_rows(rows, "n_components", self.n_components)
+        group = None if distributed is None else process_group(distributed, X)
+        rows = self._validated(X, sample_weight, group)
+        check_enough_rows(rows.n_positive, "n_components", self.n_components)
         on_rows = engine(rows, covariance, self.reg_covar)
         given = self._given(on_rows.rows, covariance)
+        random_state = random_generator(self.random_state)
+        if group is not None:
+            random_state = group.from_first(random_state)
+            callback = None if callback is None else group.agreed(callback)
+        identity = {"n_components": self.n_components, "covariance_type": self.covariance_type}
+        noted, state = opened(
+            checkpoint,
+            checkpoint_every,
+            identity | {"n_init": self.n_init, "shape": list(rows.shape)},
+            resume=resume,
+            group=group,
+        )
+        run_from = partial(self._run, on_rows, checkpoint=noted, callbacks=[] if callback is None else [callback])
         try:
             if self.warm_start and hasattr(self, "converged_"):
                 warm = self._fitted(on_rows.rows, covariance)
-                result = self._run(on_rows, 0, lambda: warm, previous=self.lower_bound_)
+                result = run_from(0, lambda: warm, previous=self.lower_bound_, state=state)
             else:
-                random_state = random_generator(self.random_state)
-                result = best_of(
-                    self._run(on_rows, i, lambda: self._start(on_rows, given, random_state)) for i in range(self.n_init)
-                )
+                first, best = (0, None) if state is None else (state.start, state.best)
+                if state is not None and state.random_state is not None:
+                    random_state = state.random_state
+                for i in range(first, self.n_init):
+                    found = run_from(
+                        i,
+                        lambda: self._start(on_rows, given, random_state),
+                        state=state,
+                        noted=partial(_state, i, best, random_state),
+                    )
+                    best, state = found if best is None else best_of([best, found]), None
+                result = cast(EMResult, best)
         except SingularCovarianceError as error:
             error.args = (f"{ILL_DEFINED} Cause: {error}",)
             raise
@@ -232,13 +287,12 @@ class GaussianMixture(Mixture):
                 f"{NOT_CONVERGED} Now max_iter={self.max_iter}, tol={self.tol:g}.", ConvergenceWarning, stacklevel=2
             )
         self._set_parameters(result.parameters, rows)
-        self.converged_ = result.converged
-        self.n_iter_ = len(result.lower_bounds)
-        self.lower_bounds_ = result.lower_bounds
-        self.lower_bound_ = result.lower_bounds[-1] if result.lower_bounds else -math.inf
+        self._set_progress(result.lower_bounds, result.converged)
+        self.n_steps_ = 0
         self.backend_, self.precision_ = on_rows.backend, on_rows.precision
         return self
 
+    @by_block
     def score_samples(self, X: Any) -> Array:
         """Log-likelihood of each row, in nats.
 
@@ -259,6 +313,7 @@ class GaussianMixture(Mixture):
         """
         return self._on(X, "score_samples").log_evidence()
 
+    @averaged
     def score(self, X: Any, y: Any = None) -> float:
         """Mean log-likelihood of a row, in nats: larger is better.
 
@@ -411,7 +466,7 @@ class GaussianMixture(Mixture):
             setattr(converted, name, value)
         return converted
 
-    def _given(self, rows: Rows | Stream, covariance: Covariance) -> dict[str, Array]:
+    def _given(self, rows: Described, covariance: Covariance) -> dict[str, Array]:
         """The parts of the start that the user gave, under their names in `Parameters`."""
         k, d = self.n_components, rows.shape[1]
         given = {}
@@ -427,7 +482,7 @@ class GaussianMixture(Mixture):
             given["precision_cholesky"] = covariance.precision_cholesky(given["covariances"])
         return {name: asarray_like(value, rows.like, rows.dtype) for name, value in given.items()}
 
-    def _start(self, on_rows: Engine, given: dict[str, Array], random_state: np.random.RandomState) -> Parameters:
+    def _start(self, on_rows: Fitting, given: dict[str, Array], random_state: np.random.RandomState) -> Parameters:
         """Where EM starts: what was given, and the rest from the rows."""
         if {"weights", "means", "precision_cholesky"} <= given.keys():
             return Parameters(**given)
@@ -441,7 +496,7 @@ class GaussianMixture(Mixture):
             found = replace(found, means=seeds)
         return replace(found, **given)
 
-    def _fitted(self, rows: Rows | Stream, covariance: Covariance) -> Parameters:
+    def _fitted(self, rows: Described, covariance: Covariance) -> Parameters:
         """The fitted parameters, for rows that they have to fit."""
         k, d = self.n_components, rows.shape[1]
         if tuple(self.means_.shape) != (k, d):
@@ -453,18 +508,62 @@ class GaussianMixture(Mixture):
             raise ValueError(f"warm_start can not go on with covariance_type={covariance.name!r}; set it to False")
         return self._parameters.moved(rows.like, rows.dtype)
 
+    def _check_parameters(self) -> None:
+        if not get_config()["skip_parameter_validation"]:
+            self._validate_params()
+
+    @property
+    def _k(self) -> tuple[str, int]:
+        return "n_components", self.n_components
+
+    @property
+    def _reg_covar(self) -> float:
+        return self.reg_covar
+
+    def _begin(self, on_rows: Fitting) -> Parameters:
+        given = self._given(on_rows.rows, COVARIANCES[self.covariance_type])
+        return self._start(on_rows, given, random_generator(self.random_state))
+
+    def _set_progress(self, lower_bounds: list[float], converged: bool) -> None:
+        self.converged_, self.n_iter_, self.lower_bounds_ = converged, len(lower_bounds), lower_bounds
+        self.lower_bound_ = lower_bounds[-1] if lower_bounds else -math.inf
+
+    def _validated(self, X: Any, sample_weight: Any, group: Group | None) -> Any:
+        """The rows to fit to; with a group, those of all its processes."""
+        if group is None:
+            return validate_rows(self, X, reset=True, min_rows=2, sample_weight=sample_weight)
+        validate = partial(validate_rows, self, X, reset=True, min_rows=0, sample_weight=sample_weight)
+        return Share.of(group.all_or_none(validate), group)
+
     def _run(
-        self, on_rows: Engine, index: int, start: Callable[[], Parameters], previous: float = -math.inf
+        self,
+        on_rows: Fitting,
+        index: int,
+        start: Callable[[], Parameters],
+        *,
+        callbacks: list[Callback],
+        previous: float = -math.inf,
+        state: State | None = None,
+        **noted: Any,
     ) -> EMResult:
-        progress = _Progress(self.verbose, self.verbose_interval, index, previous) if self.verbose else None
-        result = run_em(
-            on_rows, start(), tolerance=self.tol, max_iter=self.max_iter, previous=previous, callback=progress
+        done = [] if state is None else state.reached.lower_bounds
+        last = done[-1] if done else previous
+        progress = _Progress(self.verbose, self.verbose_interval, index, last) if self.verbose else None
+        result = run(
+            on_rows,
+            start,
+            tolerance=self.tol,
+            max_iter=self.max_iter,
+            previous=previous,
+            callbacks=callbacks if progress is None else [progress, *callbacks],
+            state=state,
+            **noted,
         )
         if progress and self.max_iter:
             progress.end(result)
         return result
 
-    def _set_parameters(self, parameters: Parameters, rows: Rows | Stream) -> None:
+    def _set_parameters(self, parameters: Parameters, rows: Described) -> None:
         super()._set_parameters(parameters, rows)
         precisions = COVARIANCES[self.covariance_type].square(parameters.precision_cholesky)
         self.precisions_ = asarray_like(precisions, rows.like, floating_dtype(rows.like))
@@ -475,8 +574,16 @@ class GaussianMixture(Mixture):
 
     def _log_likelihood(self, X: Any) -> tuple[float, int]:
         """Log-likelihood of all rows, and their number."""
+        if is_dask_array(X):
+            return sum_of_blocks(self, "score", X)
         evidence = self.score_samples(X)
         return float(array_namespace(evidence).sum(evidence, dtype=working_dtype(evidence))), evidence.shape[0]
+
+
+def _state(
+    index: int, best: EMResult | None, random_state: np.random.RandomState, reached: EMResult, form: str
+) -> State:
+    return State(reached, form, index, best, random_state)
 
 
 class _Progress:
