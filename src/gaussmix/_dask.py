@@ -34,7 +34,7 @@ from gaussmix._warnings import warn_user
 SPLIT_EVERY = 8
 # Random numbers that are drawn at a time.
 DRAWN = 2**20
-# A task takes Dask about a millisecond. So many of them, on blocks smaller than this, take longer than their work.
+# A task takes Dask 2 to 4 ms. So many of them, on blocks smaller than this, take longer than their work.
 MANY_BLOCKS, SMALL_BYTES, GOOD_BYTES = 200, 2**20, 2**26
 # Statistics of all blocks, in bytes, that a cluster may not have room for where the data itself is smaller.
 STATISTICS_BYTES = 2**30

@@ -205,21 +205,6 @@ class Stream:
 
         return replace(self, read=read)
 
-    def part(self, rows: slice) -> "Stream":
-        """Some of the rows, in steps of 1; all of them are read."""
-
-        def read() -> Iterator[Array]:
-            start = 0
-            for x in self.read():
-                stop = start + x.shape[0]
-                first, last = (min(max(row, start), stop) - start for row in (rows.start, rows.stop))
-                if first < last:
-                    yield x[first:last, :]
-                start = stop
-
-        weight = None if self.sample_weight is None else self.sample_weight[rows]
-        return replace(self, read=read, shape=(rows.stop - rows.start, self.shape[1]), sample_weight=weight)
-
     def unweighted(self) -> "Stream":
         """The same rows without weights."""
         return self if self.sample_weight is None else replace(self, sample_weight=None)
