@@ -2,6 +2,9 @@ PYTHON ?= python3
 FULL := .venv/bin
 BASE := .venv-base/bin
 BENCH := .venv-bench/bin
+# Processes that share the test files.
+JOBS ?= 2
+PYTEST := -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: help demo test test-base test-array-api test-big test-gpu gate check bench bench-quick bench-gpu bench-scale clean
 
@@ -12,13 +15,13 @@ demo: $(BASE)/.installed-demo            ## segment a photograph; writes segment
 	$(BASE)/python examples/segmentation.py
 
 test: $(FULL)/.installed-test            ## the test suite with every backend that a CPU can run
-	GAUSSMIX_REQUIRE_BACKENDS=torch,triton,lightning_fabric,dask,array_api_strict $(FULL)/python -m pytest -m "not big" $(ARGS)
+	GAUSSMIX_REQUIRE_BACKENDS=torch,triton,lightning_fabric,dask,array_api_strict $(FULL)/python $(PYTEST) -m "not big" $(ARGS)
 
 test-base: $(BASE)/.installed-test-base            ## the same suite where torch is not installed
-	GAUSSMIX_REQUIRE_BACKENDS=array_api_strict $(BASE)/python -m pytest -m "not big" $(ARGS)
+	GAUSSMIX_REQUIRE_BACKENDS=array_api_strict $(BASE)/python $(PYTEST) -m "not big" $(ARGS)
 
 test-array-api: $(FULL)/.installed-test            ## the same suite with the array API implementation for every array
-	GAUSSMIX_BACKEND=array_api $(FULL)/python -m pytest -m "not big" --ignore=tests/kernels $(ARGS)
+	GAUSSMIX_BACKEND=array_api $(FULL)/python $(PYTEST) -m "not big" --ignore=tests/kernels $(ARGS)
 
 test-big: $(FULL)/.installed-test            ## cases that need several GiB of memory or some minutes
 	$(FULL)/python -m pytest -m big $(ARGS)
