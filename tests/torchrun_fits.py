@@ -52,7 +52,7 @@ def fits():
     found = {name: (mixture(covariance_type=name), X, WEIGHT, HALF, np.asarray) for name in TYPES}
     found |= {
         f"{name} of scikit-learn": (
-            *(SklearnMixture(3, covariance_type=name, n_init=2, random_state=0), X, WEIGHT, HALF, np.asarray),
+            *(SklearnMixture(3, covariance_type=name, random_state=0), X, WEIGHT, HALF, np.asarray),
         )
         for name in TYPES
     }
