@@ -196,6 +196,7 @@ def test_pycaves_array_convention(covariance_type, library, dtype):
 
 @pytest.mark.parametrize("name", ["GaussianMixture", "KMeans"])
 def test_files_are_those_of_the_class_it_stands_for(tmp_path, name):
+    pytest.importorskip("torch")
     ours, theirs = getattr(gaussmix, name), getattr(accel, name)
     fitted = theirs(2, random_state=0).fit(blobs(n=60, d=2, k=2))
     fitted.save(tmp_path)
