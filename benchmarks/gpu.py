@@ -45,7 +45,7 @@ if not MISSING:
 
     import gaussmix
     import gaussmix_kernels as kernels
-    from gaussmix import _array_api, _estimate
+    from gaussmix import _array_api, _estimate, _gpu, _trainer
     from gaussmix._covariance import COVARIANCES
     from gaussmix._data import Rows
     from gaussmix._parameters import Parameters
@@ -75,6 +75,8 @@ FOR_ITERATIONS, FOR_PEERS = 240.0, 60.0
 # Elements of the arrays (k, rows, d) that the plain EM of full covariances holds at a time.
 PLAIN_ELEMENTS = 2**28
 DRY = (150, 5, 3)
+# Rows in host memory, 2 GB of them, and the largest relative difference of a fit that they pass through the device for.
+HOST, HOST_TOLERANCE = (8_000_000, 64, 16), 1e-5
 
 
 @dataclass
@@ -216,7 +218,7 @@ def main() -> int:
     if wrong:
         print(f"NOT MEASURED: {', '.join(wrong)} came out wrong")
         return 1
-    for part in (kernels_alone, iterations, peers):
+    for part in (kernels_alone, iterations, from_host, peers):
         part(bench)
     bench.found["seconds"] = time.perf_counter() - bench.began
     if not bench.dry:
@@ -526,6 +528,55 @@ def interleaved(bench: Bench, runs: dict[str, Callable[[int], Any]]) -> dict[str
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def from_host(bench: Bench) -> None:
+    """Iterations on rows of host memory, beside copies of page-locked memory alone and rows that the device holds."""
+    if bench.dry:
+        bench.skip("rows of host memory", "a dry run has no device to copy them to")
+        return
+    blobs = Blobs.of(HOST, bench.device)
+    x = blobs.x.cpu()
+    blocks = torch.split(x, _gpu.BLOCK_BYTES // (4 * x.shape[1]))
+    pinned = blocks[0].pin_memory()
+    place = partial(_trainer._moved, where="cuda:0")
+    limit = bench.milliseconds(lambda: place(pinned)) * x.nbytes / pinned.nbytes
+
+    def go_through() -> None:
+        for _ in _gpu.sent("cuda:0", place, blocks):
+            pass
+
+    go_through()
+    passing = 1e3 * statistics.median(bench.seconds(go_through) for _ in range(3))
+    for covariance_type in TYPES:
+        there, expected = callback_fit(blobs, blobs.x, covariance_type)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        ms, means = callback_fit(blobs, x, covariance_type, batch_size=len(blocks[0]))
+        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+        difference = float((means - expected.cpu()).abs().max() / expected.abs().max())
+        if not difference <= HOST_TOLERANCE:
+            bench.skip(f"rows of host memory, {covariance_type}", f"means are off by {difference:.2g}")
+            continue
+        row = dict(ms=ms, copies_ms=limit, passing_ms=passing, there_ms=there, memory_mb=peak)
+        bench.add("host", shape=list(HOST), type=covariance_type, **row, share=max(limit, there) / ms)
+
+
+def callback_fit(
+    blobs: Blobs, x: torch.Tensor, covariance_type: str, batch_size: int | None = None
+) -> tuple[float, torch.Tensor]:
+    """Milliseconds of an iteration on x, of which each is followed by a callback, and the means after five."""
+    times: list[float] = []
+    mixture = gaussmix.GaussianMixture(
+        len(blobs.means),
+        covariance_type=covariance_type,
+        init_means=blobs.means.to(x),
+        convergence_tolerance=0.0,
+        batch_size=batch_size,
+        trainer_params={"max_epochs": 5, "accelerator": "gpu", "enable_progress_bar": False},
+    )
+    mixture.fit(x, callback=lambda *_: times.append(time.perf_counter()))
+    return 1e3 * (times[-1] - times[0]) / (len(times) - 1), mixture.means_
+
+
 def peers(bench: Bench) -> None:
     """Iterations of others beside ours, in turns."""
     for shape in [DRY] if bench.dry else TARGETS:
@@ -717,6 +768,22 @@ def tables(snapshot: dict[str, Any]) -> str:
             ],
         ),
     ]
+    host = ("ms", "copies_ms", "passing_ms", "there_ms", "share", "memory_mb")
+    parts.append(
+        table(
+            [
+                "rows of host memory",
+                "type",
+                "ms",
+                "copies ms",
+                "blocks alone ms",
+                "rows there ms",
+                "share",
+                "memory MB",
+            ],
+            [[row["shape"], row["type"], *(row[key] for key in host)] for row in snapshot.get("host", [])],
+        )
+    )
     cells = snapshot.get("peers", [])
     others = list(dict.fromkeys(name for cell in cells for name in cell if name not in ("shape", "type", "gaussmix")))
     rows = [[cell["shape"], cell["type"], *(cell.get(name) for name in ("gaussmix", *others))] for cell in cells]

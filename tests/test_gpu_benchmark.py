@@ -80,6 +80,9 @@ def test_the_tables(gpu):
         "correctness": [{}],
         "iterations": [dict(shape=[9, 8, 7], type="full", ms=2.0, target_ms=6.0, predicted_ms=1.0, share=0.5)],
         "kernels": [dict(kernel="measure", shape=[9, 8], ms=0.1234, gflop=0, mb=2000.4)],
+        "host": [
+            dict(shape=[9, 8, 7], type="tied", ms=50, copies_ms=40, passing_ms=44, there_ms=2, share=0.8, memory_mb=600)
+        ],
         "peers": [
             {"shape": [9, 8, 7], "type": "full", "gaussmix": 2.0, "torch, float32": 8.0},
             {"shape": [9, 8, 7], "type": "diag", "gaussmix": 1.0},
@@ -89,6 +92,7 @@ def test_the_tables(gpu):
     printed = gpu.tables(snapshot)
     assert "| [9, 8, 7] | full | 2 | 6 | 1 |  | 50% |  |  |" in printed
     assert "| measure | [9, 8] | 0.123 | 0 | 2000 |  |  |" in printed
+    assert "| [9, 8, 7] | tied | 50 | 40 | 44 | 2 | 80% | 600 |" in printed
     assert "| [9, 8, 7] | full | 2 | 8 |\n| [9, 8, 7] | diag | 1 |  |" in printed
     assert "- a peer: estimated at 30 s" in printed
 

@@ -1,5 +1,6 @@
 """Rows that come in blocks, from any object that gives them anew in each pass: loaders, data sets, files."""
 
+import itertools
 import logging
 import tracemalloc
 
@@ -230,6 +231,23 @@ def test_kmeans_on_blocks(library, init_strategy, split):
         assert library.owns(values)
         assert_close(to_numpy(values), to_numpy(getattr(expected, method)(whole)), 1e-12, method)
     assert found.score(blocks) == pytest.approx(expected.score(whole), rel=1e-12)
+
+
+def test_a_score_keeps_no_number_for_each_row():
+    class Many:
+        def __iter__(self):
+            return itertools.repeat(np.random.RandomState(0).normal(size=(20_000, 1)), 300)
+
+    mixture = GaussianMixture(1).fit(np.random.RandomState(1).normal(size=(50, 1)))
+    mixture.score(np.zeros((2, 1)))
+    tracemalloc.start()
+    try:
+        found = mixture.score(Many())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found == pytest.approx(mixture.score(next(iter(Many()))), rel=1e-12)
+    assert peak < 300 * 20_000 * 4
 
 
 def test_kmeans_of_equal_rows_in_blocks(library):

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from array_api_compat import is_array_api_obj, is_torch_array
+from numpy.lib.array_utils import byte_bounds
 from scipy.sparse import issparse
 
 from gaussmix._arrays import array_namespace
@@ -18,7 +19,7 @@ from gaussmix._typing import Array, DType
 T = TypeVar("T")
 
 # Bytes of a block of a file: a few of them are in memory at a time.
-BLOCK_BYTES = 2**25
+BLOCK_BYTES = 2**26
 
 # Rows of a block of a torch Dataset, which are fetched one by one.
 BATCH_ROWS = 2**14
@@ -62,7 +63,7 @@ class Slices:
     batch_size: int | None
 
     def __iter__(self) -> Iterator[Array]:
-        return _read_ahead(_read(self.source, rows) for rows in slices(self.source.shape[0], self._size))
+        return read_ahead(_read(self.source, rows) for rows in slices(self.source.shape[0], self._size))
 
     @property
     def _size(self) -> int:
@@ -85,16 +86,15 @@ def _give_back(block: Array) -> None:
     base: Any = block
     while base is not None and not isinstance(base, mmap.mmap):
         base = base.base
-    if base is None or not block.flags.c_contiguous or not hasattr(base, "madvise"):
+    if base is None or not hasattr(base, "madvise"):
         return
-    start = block.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
-    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (start + block.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-    if length > 0:
-        base.madvise(mmap.MADV_DONTNEED, first, length)
+    # From the first to the last byte: of columns, and of every second row, there is more between them.
+    first, last = (address - np.frombuffer(base, np.uint8).ctypes.data for address in byte_bounds(block))
+    first -= first % mmap.PAGESIZE
+    base.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
-def _read_ahead(blocks: Iterator[T]) -> Iterator[T]:
+def read_ahead(blocks: Iterator[T]) -> Iterator[T]:
     """The blocks, of which another thread reads the next one while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, blocks, None)

@@ -23,7 +23,7 @@ from sklearn.utils.random import sample_without_replacement
 
 from gaussmix import _engine
 from gaussmix._arrays import array_namespace, asarray_like, device, to_numpy, working_dtype
-from gaussmix._data import Rows, Stream, slices
+from gaussmix._data import Mapping, Rows, Stream, slices
 from gaussmix._engine import BlockEngine, Summed
 from gaussmix._numpy import on_one_thread
 from gaussmix._parameters import Parameters, SufficientStatistics
@@ -125,8 +125,8 @@ class DaskRows(Stream):
         """Number of rows of positive weight: those that count."""
         return int(self.counts.sum())
 
-    def mapped(self, function: Callable[[Array], Array]) -> "DaskRows":
-        """`function` of each block: another library, device or dtype."""
+    def mapped(self, function: Callable[[Array], Array], mapping: Mapping = map) -> "DaskRows":
+        """`function` of each block, by the worker that has it."""
         like = function(self.like)
         middle = asarray_like(self.middle, like, working_dtype(like))
         return replace(self, moves=(*self.moves, function), like=like, middle=middle)

@@ -10,6 +10,8 @@ from sklearn.utils.random import sample_without_replacement
 from gaussmix._arrays import array_namespace, asarray_like, device, to_numpy, working_dtype
 from gaussmix._typing import Array, DType
 
+Mapping = Callable[[Callable[[Array], Array], Iterable[Array]], Iterable[Array]]
+
 
 def slices(n: int, size: int) -> Iterator[slice]:
     """0 .. n in slices of `size`, the last one shorter."""
@@ -105,18 +107,18 @@ class Rows:
 
     def mapped(self, function: Callable[[Array], Array]) -> "Rows | Stream":
         """`function` of the rows: another library, device or dtype; block by block where a batch size is given."""
-        if self.batch_size is None:
-            array = function(self.array)
-            weight = self.sample_weight
-            moved = None if weight is None else asarray_like(weight, array, working_dtype(array))
-            return Rows(array, moved)
-        size = self.batch_size
+        if self.batch_size is not None:
+            return self.in_blocks(self.batch_size).mapped(function)
+        array, weight = function(self.array), self.sample_weight
+        return Rows(array, None if weight is None else asarray_like(weight, array, working_dtype(array)))
+
+    def in_blocks(self, size: int) -> "Stream":
+        """The same rows, so many at a time."""
 
         def read() -> Iterator[Array]:
             return (self.array[block, :] for block in slices(self.shape[0], size))
 
-        like = self.array[: min(size, self.shape[0]), :]
-        return Stream(read, self.shape, like, self.mean(size), self.sample_weight).mapped(function)
+        return Stream(read, self.shape, self.array[:size, :], self.mean(size), self.sample_weight)
 
     def take(self, indices: Array) -> Array:
         """The rows of these increasing `indices`, in float64 on the host: (m, d)."""
@@ -186,14 +188,14 @@ class Stream:
                 "gives the same rows each time it is iterated over"
             )
 
-    def mapped(self, function: Callable[[Array], Array]) -> "Stream":
-        """`function` of each block: another library, device or dtype."""
+    def mapped(self, function: Callable[[Array], Array], mapping: Mapping = map) -> "Stream":
+        """`function` of each block: another library, device or dtype; `mapping` applies it to blocks as `map` does."""
         like = function(self.like)
         moved = (
             None if value is None else asarray_like(value, like, working_dtype(like))
             for value in (self.middle, self.sample_weight)
         )
-        return Stream(lambda: map(function, self.read()), self.shape, like, *moved)
+        return Stream(lambda: mapping(function, self.read()), self.shape, like, *moved)
 
     def watched(self, watch: Callable[[int], None]) -> "Stream":
         """The same rows; `watch` sees how many a block has once it was worked on."""

@@ -13,7 +13,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_is_fitted
 
-from gaussmix import _persistence
+from gaussmix import _persistence, _streaming
 from gaussmix._arrays import array_namespace, asarray_like, floating_dtype
 from gaussmix._covariance import COVARIANCES
 from gaussmix._data import Described, Rows, Stream
@@ -602,5 +602,7 @@ class _Inference:
         return asarray_like(self._engine.log_evidence(self._parameters), self._like, self._dtype)
 
     def mean_log_evidence(self) -> float:
+        if isinstance(self._engine, _streaming.Engine):
+            return self._engine.mean_log_evidence(self._parameters)
         evidence = self._engine.log_evidence(self._parameters)
         return float(array_namespace(evidence).mean(evidence))

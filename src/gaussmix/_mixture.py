@@ -76,8 +76,9 @@ class GaussianMixture(Mixture, Trained):
     trainer_params : dict, optional
         Settings of a Lightning Trainer, of which these mean something here: `max_epochs`, the largest number of EM
         iterations (default 100); `accelerator` ("cpu", "gpu", "cuda", "auto") and `devices` ([i]), where rows are
-        computed (default: where they are; results come back to where they were); `precision` (32 or 64), the dtype of
-        rows and results; `enable_progress_bar`, on stderr (default: where the level of the logger "gaussmix" is INFO).
+        computed (default: where they are; results come back to where they were, and rows that a GPU has no room for
+        pass through it in blocks); `precision` (32 or 64), the dtype of rows and results; `enable_progress_bar`, on
+        stderr (default: where the level of the logger "gaussmix" is INFO).
         `devices` above 1, `num_nodes`, `strategy` and `plugins` have Lightning Fabric start processes that share the
         rows. `logger`, checkpoints and the like are ignored. Stored as passed.
     num_workers : int, default 0

@@ -92,6 +92,73 @@ FORMS = (
 )
 
 
+@contextmanager
+def one_blas_thread() -> Iterator[int]:
+    """Within it, BLAS runs on the calling thread alone; gives the number of threads that it would have used.
+
+    That is 1 within `on_one_thread`. The setting belongs to the process: where several threads are inside at once, the
+    last to leave restores it.
+    """
+    with _blas.lock:
+        if _blas.inside == 0:
+            _blas.before = [library.num_threads for library in _controller().lib_controllers]
+            _set_blas_threads([1] * len(_blas.before))
+        _blas.inside += 1
+        threads = max(_blas.before, default=1)
+    try:
+        yield 1 if _blas.of_this_thread.is_one_of_many else threads
+    finally:
+        with _blas.lock:
+            _blas.inside -= 1
+            if _blas.inside == 0:
+                _set_blas_threads(_blas.before)
+
+
+def _set_blas_threads(numbers: list[int]) -> None:
+    for library, number in zip(_controller().lib_controllers, numbers, strict=True):
+        # In threadpoolctl 3.8 the first thread that sets it keeps all others from doing so. Of ours, one sets it and
+        # another one restores it.
+        release = getattr(library, "clear_controlling_thread", None)
+        if release is not None:
+            release(force=True)
+        library.set_num_threads(number)
+        if release is not None:
+            release(force=True)
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Within it, the calling thread starts no others: it is one of many already."""
+    before = _blas.of_this_thread.is_one_of_many
+    _blas.of_this_thread.is_one_of_many = True
+    try:
+        with one_blas_thread():
+            yield
+    finally:
+        _blas.of_this_thread.is_one_of_many = before
+
+
+class _OfThread(threading.local):
+    is_one_of_many = False
+
+
+class _Blas:
+    """Who is inside `one_blas_thread`."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.before: list[int] = []  # threads of each library before that
+        self.of_this_thread = _OfThread()
+
+
+_blas = _Blas()
+
+
+@cache
+def _controller() -> Any:
+    return ThreadpoolController().select(user_api="blas")
+
+
 class _Threaded:
     """Rows in host memory, and threads that take them slab by slab."""
 
@@ -250,6 +317,8 @@ class Engine(_Threaded):
         self._fall_back_for(parameters, self._shift)
         return form is self._forms[0] or self._was_pruned
 
+    # Between slabs as well: threads that a call of BLAS wakes there go on spinning beside ours.
+    @one_blas_thread()
     def expect(self, parameters: Parameters) -> SufficientStatistics:
         """Statistics of all rows."""
         pruned = self._pruned(parameters)
@@ -351,6 +420,7 @@ class Engine(_Threaded):
         logits /= total
         return logits.T
 
+    @one_blas_thread()
     def _infer(
         self,
         parameters: Parameters,
@@ -559,73 +629,6 @@ def natural_parameters(parameters: Parameters, shift: Array, covariance: Covaria
 def _log_weights(weights: Array) -> Array:
     positive = weights > 0
     return np.where(positive, np.log(np.where(positive, weights, 1)), LOG_ZERO)
-
-
-@contextmanager
-def one_blas_thread() -> Iterator[int]:
-    """Within it, BLAS runs on the calling thread alone; gives the number of threads that it would have used.
-
-    That is 1 within `on_one_thread`. The setting belongs to the process: where several threads are inside at once, the
-    last to leave restores it.
-    """
-    with _blas.lock:
-        if _blas.inside == 0:
-            _blas.before = [library.num_threads for library in _controller().lib_controllers]
-            _set_blas_threads([1] * len(_blas.before))
-        _blas.inside += 1
-        threads = max(_blas.before, default=1)
-    try:
-        yield 1 if _blas.of_this_thread.is_one_of_many else threads
-    finally:
-        with _blas.lock:
-            _blas.inside -= 1
-            if _blas.inside == 0:
-                _set_blas_threads(_blas.before)
-
-
-def _set_blas_threads(numbers: list[int]) -> None:
-    for library, number in zip(_controller().lib_controllers, numbers, strict=True):
-        # In threadpoolctl 3.8 the first thread that sets it keeps all others from doing so. Of ours, one sets it and
-        # another one restores it.
-        release = getattr(library, "clear_controlling_thread", None)
-        if release is not None:
-            release(force=True)
-        library.set_num_threads(number)
-        if release is not None:
-            release(force=True)
-
-
-@contextmanager
-def on_one_thread() -> Iterator[None]:
-    """Within it, the calling thread starts no others: it is one of many already."""
-    before = _blas.of_this_thread.is_one_of_many
-    _blas.of_this_thread.is_one_of_many = True
-    try:
-        with one_blas_thread():
-            yield
-    finally:
-        _blas.of_this_thread.is_one_of_many = before
-
-
-class _OfThread(threading.local):
-    is_one_of_many = False
-
-
-class _Blas:
-    """Who is inside `one_blas_thread`."""
-
-    def __init__(self) -> None:
-        self.lock, self.inside = threading.Lock(), 0
-        self.before: list[int] = []  # threads of each library before that
-        self.of_this_thread = _OfThread()
-
-
-_blas = _Blas()
-
-
-@cache
-def _controller() -> Any:
-    return ThreadpoolController().select(user_api="blas")
 
 
 def _softmax(logits: Array) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ in float64, for all rows of a component at once.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,11 +84,21 @@ def expect(
     """
     sums = _Sums(parameters.means, covariance)
     for group in slices(len(rows), GROUP_ROWS):
-        evidence, index, components, r = _responsibilities(rows[group], labels[group], parameters, covariance, bounds)
-        if weight is not None:
-            evidence, r = evidence * weight[group], r * weight[group][index]
+        own_weight = None if weight is None else weight[group]
+
+        def add(k: int, index: Array, centred: Array, own_weight: Array | None = own_weight) -> None:
+            sums.add_centred(k, centred, None if own_weight is None else own_weight[index])
+
+        found = _responsibilities(rows[group], labels[group], parameters, covariance, bounds, add)
+        evidence, rest = found.evidence, np.unique(found.index)
+        index = np.concatenate([rest, found.index])
+        components = np.concatenate([labels[group][rest], found.components])
+        r = np.concatenate([found.own[rest], found.others])
+        if own_weight is not None:
+            evidence, r = evidence * own_weight, r * own_weight[index]
         sums.log_likelihood += float(evidence.sum())
         sums.add(rows[group], index, components, r)
+        labels[group] = found.likeliest
     return sums.statistics()
 
 
@@ -96,7 +106,7 @@ def log_evidence(rows: Array, parameters: Parameters, covariance: Covariance, bo
     """Log-density of `rows` (n, d) under the mixture, into `out` (n,)."""
     for group in slices(len(rows), GROUP_ROWS):
         labels = bounds.guess(rows[group])
-        out[group] = _responsibilities(rows[group], labels, parameters, covariance, bounds)[0]
+        out[group] = _responsibilities(rows[group], labels, parameters, covariance, bounds).evidence
 
 
 def responsibilities(rows: Array, parameters: Parameters, covariance: Covariance, bounds: Bounds, out: Array) -> None:
@@ -104,16 +114,16 @@ def responsibilities(rows: Array, parameters: Parameters, covariance: Covariance
     out[...] = 0
     for group in slices(len(rows), GROUP_ROWS):
         labels = bounds.guess(rows[group])
-        _, index, components, r = _responsibilities(rows[group], labels, parameters, covariance, bounds)
-        out[group.start + index, components] = r
+        found = _responsibilities(rows[group], labels, parameters, covariance, bounds)
+        out[np.arange(group.start, group.stop), labels] = found.own
+        out[group.start + found.index, found.components] = found.others
 
 
 def labels(rows: Array, parameters: Parameters, covariance: Covariance, bounds: Bounds, out: Array) -> None:
     """The component of largest responsibility for each of `rows` (n, d), into `out` (n,)."""
     for group in slices(len(rows), GROUP_ROWS):
-        likeliest = bounds.guess(rows[group])
-        _responsibilities(rows[group], likeliest, parameters, covariance, bounds)
-        out[group] = likeliest
+        guess = bounds.guess(rows[group])
+        out[group] = _responsibilities(rows[group], guess, parameters, covariance, bounds).likeliest
 
 
 def assign(
@@ -127,39 +137,71 @@ def assign(
     return sums.statistics()
 
 
-def _responsibilities(
-    rows: Array, labels: Array, parameters: Parameters, covariance: Covariance, bounds: Bounds
-) -> tuple[Array, Array, Array, Array]:
-    """Log-evidences (n,), and those responsibilities that are not zero, with their rows and components.
+@dataclass(frozen=True)
+class _Responsibilities:
+    """Those that are not zero: of each row's label, and of other components for some rows."""
 
-    `labels` (n,), a component that each row is thought to belong to, is left with the likeliest.
+    evidence: Array  # (n,): log-evidences
+    own: Array  # (n,)
+    index: Array  # (m,): rows, in the order of their components
+    components: Array  # (m,)
+    others: Array  # (m,)
+    likeliest: Array  # (n,): the component of largest responsibility
+
+
+def _responsibilities(
+    rows: Array,
+    labels: Array,
+    parameters: Parameters,
+    covariance: Covariance,
+    bounds: Bounds,
+    add: Callable[[int, Array, Array], None] = lambda k, index, centred: None,
+) -> _Responsibilities:
+    """For each of `rows` (n, d), of which each is thought to belong to the component of its label (n,).
+
+    `add` sees those that belong to nothing else, (m, d) about a component's mean, while they are in the cache; it may
+    change them.
     """
 
-    def weighted_log_prob(index: Array, components: Array) -> Array:
-        values = np.empty(len(index))
-        for k, places in _members(components):
-            centred = rows[index[places]] - parameters.means[k]
-            mahalanobis = covariance.mahalanobis(centred[None], parameters.precision_cholesky[k : k + 1])[0]
-            values[places] = bounds.constants[k] - 0.5 * mahalanobis
-        return values
+    def weighted_log_prob(k: int, centred: Array) -> Array:
+        mahalanobis = covariance.mahalanobis(centred[None], parameters.precision_cholesky[k : k + 1])[0]
+        return bounds.constants[k] - 0.5 * mahalanobis
 
-    own = np.arange(len(rows))
-    known = weighted_log_prob(own, labels)
-    others, components = _candidates(rows, labels, known, bounds)
-    values = weighted_log_prob(others, components)
+    known = np.empty(len(rows))
+    pairs = [(np.empty(0, dtype=np.int64), np.empty(0, dtype=labels.dtype))]
+    for k, places in _members(labels):
+        n_blocks = -(-len(places) // BLOCK_ROWS)
+        for part in slices(len(places), -(-len(places) // n_blocks)):
+            index = places[part]
+            x = rows[index]
+            centred = x - parameters.means[k]
+            known[index] = weighted_log_prob(k, centred)
+            upper = bounds.of(x)
+            candidate = ~(upper < (known[index] - MARGIN).astype(upper.dtype))  # a bound that overflowed is NaN: kept
+            candidate[k] = False
+            if candidate.any():
+                components, which = np.nonzero(candidate)
+                pairs.append((index[which], components.astype(labels.dtype)))
+                alone = ~candidate.any(axis=0)
+                index, centred = index[alone], centred[alone]
+            add(k, index, centred)
 
+    index, components = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    values = np.empty(len(index))
+    for k, places in _members(components):
+        values[places] = weighted_log_prob(k, rows[index[places]] - parameters.means[k])
     largest = known.copy()
-    np.maximum.at(largest, others, values)
-    known, values = np.exp(known - largest), np.exp(values - largest[others])
+    np.maximum.at(largest, index, values)
+    known, values = np.exp(known - largest), np.exp(values - largest[index])
     total = known.copy()
-    np.add.at(total, others, values)
-    index = np.concatenate([own, others])
-    r = np.concatenate([known, values]) / total[index]
-    of_all = np.concatenate([labels, components])
-    # The first of equals, as argmax has it: others are in the order of their components.
-    likelier = np.flatnonzero((values == 1) & ((known[others] < 1) | (components < labels[others])))[::-1]
-    labels[others[likelier]] = components[likelier]
-    return largest + np.log(total), index, of_all, r
+    np.add.at(total, index, values)
+    # The first of equals, as argmax has it: others of a row are in the order of their components.
+    likelier = np.flatnonzero((values == 1) & ((known[index] < 1) | (components < labels[index])))[::-1]
+    likeliest = labels.copy()
+    likeliest[index[likelier]] = components[likelier]
+    return _Responsibilities(
+        largest + np.log(total), known / total, index, components, values / total[index], likeliest
+    )
 
 
 class _Sums:
@@ -174,36 +216,30 @@ class _Sums:
 
     def add(self, rows: Array, index: Array, components: Array, r: Array) -> None:
         """Add the rows at `index`, with these responsibilities for these components."""
-        shared = not self.covariance.n_quadratic(rows.shape[1])
         for k, places in _members(components):
-            centred = rows[index[places]] - self.means[k]
-            weighted = r[places, None] * centred
-            self.counts[k] += r[places].sum()
-            self.first_moments[k] += weighted.sum(axis=0)
-            moments = self.covariance.second_moments(weighted[None], centred[None])
-            if shared:
-                self.second_moments += moments
-            else:
-                self.second_moments[k] += moments[0]
+            self.add_centred(k, rows[index[places]] - self.means[k], r[places])
+
+    def add_centred(self, k: int, centred: Array, r: Array | None) -> None:
+        """Add rows (m, d) about the mean of a component, which are changed; None are responsibilities of 1."""
+        if r is None:
+            self.counts[k] += len(centred)
+            self.first_moments[k] += centred.sum(axis=0)
+        else:
+            self.counts[k] += r.sum()
+            self.first_moments[k] += r @ centred
+            centred *= np.sqrt(r)[:, None]
+        # The product of a matrix and its own transpose takes BLAS half the operations.
+        moments = self.covariance.second_moments(centred[None], centred[None])
+        if self.covariance.n_quadratic(self.means.shape[1]):
+            self.second_moments[k] += moments[0]
+        else:
+            self.second_moments += moments
 
     def statistics(self) -> SufficientStatistics:
         """The sums by their names."""
         return SufficientStatistics(
             self.means, self.counts, self.first_moments, self.second_moments, np.asarray(self.log_likelihood)
         )
-
-
-def _candidates(rows: Array, labels: Array, known: Array, bounds: Bounds) -> tuple[Array, Array]:
-    """Rows and components, other than a row's label, whose bound is not far below what is known of the row."""
-    found: list[tuple[Array, Array]] = []
-    for block in slices(len(rows), BLOCK_ROWS):
-        upper = bounds.of(rows[block])
-        candidate = ~(upper < (known[block] - MARGIN).astype(upper.dtype))  # a bound that overflowed is NaN: kept
-        candidate[labels[block], np.arange(candidate.shape[1])] = False
-        components, index = np.nonzero(candidate)
-        found.append((block.start + index, components.astype(labels.dtype)))
-    index, components = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return index, components
 
 
 def _members(labels: Array) -> Iterator[tuple[int, Array]]:

@@ -49,6 +49,14 @@ class Engine(Summed):
         """Log-density of each row under the mixture: (n,)."""
         return self._concatenated(methodcaller("log_evidence", parameters))
 
+    def mean_log_evidence(self, parameters: Parameters) -> float:
+        """Mean log-density of a row under the mixture; none of them is kept."""
+        total = 0.0
+        for block in self._blocks():
+            evidence = block.log_evidence(parameters)
+            total += float(array_namespace(evidence).sum(evidence))
+        return total / self.rows.shape[0]
+
     def responsibilities(self, parameters: Parameters) -> Array:
         """Posterior probability of each component given the row: (n, k)."""
         return self._concatenated(methodcaller("responsibilities", parameters))

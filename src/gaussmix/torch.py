@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
-from array_api_compat import is_cupy_array, is_torch_array
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from gaussmix import _array_api
-from gaussmix._arrays import floating_dtype, to_numpy
+from gaussmix._arrays import floating_dtype
 from gaussmix._covariance import COVARIANCES
 from gaussmix._files import UNREADABLE, damaged, make_folder, read_json, replace
+from gaussmix._gpu import as_tensor
 from gaussmix._parameters import Parameters, singular_covariance
 from gaussmix._validation import check_covariance_type, check_integer
 
@@ -437,12 +437,12 @@ class GaussianMixtureModel(_Model):
         ValueError
             If a shape does not fit.
         """
-        means = _as_tensor(means)
+        means = _as_floats(means)
         return cls(
             GaussianMixtureModelConfig(*_shape_of("means", means), covariance_type),
-            component_probs=_as_tensor(weights),
+            component_probs=_as_floats(weights),
             means=means,
-            precisions_cholesky=_as_tensor(precisions_cholesky),
+            precisions_cholesky=_as_floats(precisions_cholesky),
         )
 
     @property
@@ -610,7 +610,7 @@ class KMeansModel(_Model):
         ValueError
             If the shape is another.
         """
-        centroids = _as_tensor(centroids)
+        centroids = _as_floats(centroids)
         return cls(KMeansModelConfig(*_shape_of("centroids", centroids)), centroids=centroids)
 
     def reset_parameters(self) -> None:
@@ -647,18 +647,9 @@ class KMeansModel(_Model):
         return distances, assignments, (offsets * offsets).sum(dim=1)
 
 
-def _as_tensor(value: Any) -> Tensor:
-    """An array as a tensor of the same memory, where there can be one."""
-    if is_torch_array(value):
-        tensor = value.detach()
-    elif is_cupy_array(value):
-        tensor = torch.utils.dlpack.from_dlpack(value)
-    else:
-        array = to_numpy(value)
-        # What torch has no tensors for: memory that is read-only or runs backwards.
-        if not array.flags.writeable or min(array.strides, default=0) < 0:
-            array = array.copy()
-        tensor = torch.from_numpy(array)
+def _as_floats(value: Any) -> Tensor:
+    """An array as a tensor of floating-point numbers, of the same memory where there can be one."""
+    tensor = as_tensor(value)
     return tensor.to(floating_dtype(tensor))
 
 
