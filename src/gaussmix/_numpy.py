@@ -49,8 +49,8 @@ MOST_SLABS = 16
 # Pruning pays where this many times fewer components than there are matter to a row, as a sample of rows tells.
 PRUNING_GAIN = 6
 PRUNING_SAMPLE = 256
-# Rows of a slab for each component, so that a component's group makes a matrix product; at least four slabs.
-PRUNING_ROWS = 2048
+# Rows of a slab for each component, at least and enough: threads with shorter calls wait for Python.
+PRUNING_ROWS = (1024, 2048)
 # Largest tolerable error of a log-density, in nats, for float32 and float64 data.
 TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float64): 1e-10}
 # Rows that are summed in float32 before the sum is added in float64.
@@ -563,8 +563,9 @@ class Engine(_Threaded):
         return np.asarray(self.rows.array[block]).astype(dtype, copy=False).T
 
     def _run_grouped(self, function: Callable[[slice], T], k: int) -> list[T]:
-        """`_run` in slabs that are long enough for a component's rows to make a matrix product."""
-        return self._run(function, k, least_rows=min(PRUNING_ROWS * k, -(-self.rows.shape[0] // 4)))
+        """`_run` in slabs that are long enough for matrix products of a component's rows; four where that is so."""
+        least, enough = (rows * k for rows in PRUNING_ROWS)
+        return self._run(function, k, least_rows=max(least, min(enough, -(-self.rows.shape[0] // 4))))
 
 
 class _Sums:

@@ -43,14 +43,17 @@ class Bounds:
 
     def of(self, rows: Array) -> Array:
         """Upper bounds for rows (b, d), in their dtype: (k, b). Rounding is added, so that they stay upper bounds."""
-        x = rows - self.shift.astype(rows.dtype)
+        return self.of_shifted(rows - self.shift.astype(rows.dtype))
+
+    def of_shifted(self, x: Array) -> Array:
+        """The same for rows minus the shift, in the dtype of the rows."""
         squares = np.einsum("bd,bd->b", x, x)
         half = 0.5 * self.steepness
         norms = np.einsum("kd,kd->k", self.offsets, self.offsets)
-        rounding = 16 * float(np.finfo(rows.dtype).eps) * half * (norms + float(squares.max(initial=0)))
-        bounds = (2 * half[:, None] * self.offsets).astype(rows.dtype) @ x.T
-        bounds += (self.constants - half * norms + rounding).astype(rows.dtype)[:, None]
-        bounds -= half.astype(rows.dtype)[:, None] * squares
+        rounding = 16 * float(np.finfo(x.dtype).eps) * half * (norms + float(squares.max(initial=0)))
+        bounds = (2 * half[:, None] * self.offsets).astype(x.dtype) @ x.T
+        bounds += (self.constants - half * norms + rounding).astype(x.dtype)[:, None]
+        bounds -= half.astype(x.dtype)[:, None] * squares
         return bounds
 
     def guess(self, rows: Array) -> Array:
@@ -164,19 +167,23 @@ def _responsibilities(
     """
 
     def weighted_log_prob(k: int, centred: Array) -> Array:
-        mahalanobis = covariance.mahalanobis(centred[None], parameters.precision_cholesky[k : k + 1])[0]
-        return bounds.constants[k] - 0.5 * mahalanobis
+        whitened = covariance.whiten(centred[None], parameters.precision_cholesky[k : k + 1])[0]
+        return bounds.constants[k] - 0.5 * np.einsum("bd,bd->b", whitened, whitened)
 
+    # Arrays of this size that are made anew cost more page faults than work where malloc gives memory back at once.
+    size = min(BLOCK_ROWS, len(rows))
+    x_buffer, centred_buffer = np.empty((size, rows.shape[1]), rows.dtype), np.empty((size, rows.shape[1]))
+    shift = bounds.shift.astype(rows.dtype)
     known = np.empty(len(rows))
     pairs = [(np.empty(0, dtype=np.int64), np.empty(0, dtype=labels.dtype))]
     for k, places in _members(labels):
         n_blocks = -(-len(places) // BLOCK_ROWS)
         for part in slices(len(places), -(-len(places) // n_blocks)):
             index = places[part]
-            x = rows[index]
-            centred = x - parameters.means[k]
+            x = np.take(rows, index, axis=0, out=x_buffer[: len(index)], mode="clip")
+            centred = np.subtract(x, parameters.means[k], out=centred_buffer[: len(index)])
             known[index] = weighted_log_prob(k, centred)
-            upper = bounds.of(x)
+            upper = bounds.of_shifted(np.subtract(x, shift, out=x))
             candidate = ~(upper < (known[index] - MARGIN).astype(upper.dtype))  # a bound that overflowed is NaN: kept
             candidate[k] = False
             if candidate.any():
