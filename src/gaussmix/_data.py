@@ -118,7 +118,8 @@ class Rows:
         def read() -> Iterator[Array]:
             return (self.array[block, :] for block in slices(self.shape[0], size))
 
-        return Stream(read, self.shape, self.array[:size, :], self.mean(size), self.sample_weight)
+        like = self.array[: min(size, self.shape[0]), :]
+        return Stream(read, self.shape, like, self.mean(size), self.sample_weight)
 
     def take(self, indices: Array) -> Array:
         """The rows of these increasing `indices`, in float64 on the host: (m, d)."""

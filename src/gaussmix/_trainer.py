@@ -56,7 +56,7 @@ class Settings:
             raise ValueError(
                 "trainer_params asks for a GPU, and torch finds none; pass accelerator='cpu' or leave it out"
             )
-        some = rows.like[:1, :]
+        some = rows.like[: min(1, rows.like.shape[0]), :]
         if self._place(some) is some:
             return rows
         if self.device in (None, "cpu") or not _is_on_host(some):
@@ -186,9 +186,11 @@ def _is_on_host(x: Array) -> bool:
 
 def _moved(x: Array, where: str) -> Array:
     """The array on this device: a torch tensor on a GPU, and in host memory a tensor or a NumPy array."""
-    if where == "cpu" and not is_torch_array(x):
+    if is_torch_array(x):
+        return x.to(where, non_blocking=where != "cpu")
+    if where == "cpu":
         return x.get() if is_cupy_array(x) else x
     # Imports torch, which a GPU is asked of.
     from gaussmix import _gpu
 
-    return _gpu.as_tensor(x).to(where, non_blocking=where != "cpu")
+    return _gpu.as_tensor(x).to(where, non_blocking=True)
