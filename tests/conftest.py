@@ -70,7 +70,12 @@ def pytest_configure(config: pytest.Config) -> None:
     required = set(filter(None, os.environ.get("GAUSSMIX_REQUIRE_BACKENDS", "").split(",")))
     if missing := sorted(required - set(INSTALLED_BACKENDS)):
         raise pytest.UsageError(f"GAUSSMIX_REQUIRE_BACKENDS names {missing}, which are not installed")
-    for module, needed in (("torch.py", {"torch"}), ("_triton.py", {"torch", "triton"}), ("_dask.py", {"dask"})):
+    for module, needed in (
+        ("torch.py", {"torch"}),
+        ("_gpu.py", {"torch"}),
+        ("_triton.py", {"torch", "triton"}),
+        ("_dask.py", {"dask"}),
+    ):
         if not needed <= set(INSTALLED_BACKENDS):
             # Looking for examples imports it.
             config.option.ignore = [*(config.option.ignore or []), str(config.rootpath / "src/gaussmix" / module)]

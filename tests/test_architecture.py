@@ -80,7 +80,8 @@ def test_covariance_types_are_told_apart_in_one_file():
 def test_every_module_can_be_imported():
     have_torch = find_spec("torch")
     have_triton = have_torch and find_spec("triton")
-    needs = {"gaussmix.torch": have_torch, "gaussmix._triton": have_triton, "gaussmix._dask": find_spec("dask")}
+    needs = dict.fromkeys(("gaussmix.torch", "gaussmix._gpu"), have_torch)
+    needs |= {"gaussmix._triton": have_triton, "gaussmix._dask": find_spec("dask")}
     for name in ("gaussmix", *(["gaussmix_kernels"] if have_triton else [])):
         for module in pkgutil.iter_modules(importlib.import_module(name).__path__, f"{name}."):
             if needs.get(module.name, True):
