@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cases import assert_close
+from cases import PARAMETER_TOLERANCE, assert_close
 from gaussmix import GaussianMixture, KMeans, _trainer
 from gaussmix._covariance import COVARIANCES
 
 torch = pytest.importorskip("torch")
 # Imports torch.
 from gaussmix import _gpu  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("unconverged")
 
 X = np.random.RandomState(0).normal(size=(1003, 3)) + np.repeat([[0.0], [9.0]], [500, 503], axis=0)
 
@@ -211,39 +213,39 @@ def fitted(x, covariance_type="diag", batch_size=None, sample_weight=None, **par
     return mixture.fit(x, sample_weight=sample_weight)
 
 
-def forms(tmp_path):
+def forms(x, folder):
     """The rows in each form that goes block by block: (rows, batch_size)."""
-    np.save(tmp_path / "x.npy", X)
+    np.save(folder / "x.npy", x)
     return {
-        "array": (X, 300),
-        "tensor": (torch.as_tensor(X), 77),
-        "memmap": (np.load(tmp_path / "x.npy", mmap_mode="r"), 400),
-        "loader": (Loader(X[:1], X[1:700], X[700:]), None),
+        "array": (x, 300),
+        "tensor": (torch.as_tensor(x), 77),
+        "memmap": (np.load(folder / "x.npy", mmap_mode="r"), 400),
+        "loader": (Loader(x[:1], x[1:700], x[700:]), None),
+        "too large": (x, None),
     }
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("covariance_type", sorted(COVARIANCES))
 @pytest.mark.parametrize("form", ["array", "tensor", "memmap", "loader", "too large"])
-def test_fits_and_predictions_are_those_of_the_host(device, monkeypatch, tmp_path, form, covariance_type):
+def test_fits_and_predictions_are_those_of_the_host(device, monkeypatch, tmp_path, form, covariance_type, dtype):
+    host = X.astype(dtype)
+    x, batch_size = forms(host, tmp_path)[form]
     if form == "too large":
-        device.free = 3 * X.nbytes - 1
-        monkeypatch.setattr(_gpu, "BLOCK_BYTES", 24 * 250)
-        x, batch_size = X, None
-    else:
-        x, batch_size = forms(tmp_path)[form]
-    expected = fitted(X, covariance_type)
+        device.free = 3 * x.nbytes - 1
+        monkeypatch.setattr(_gpu, "BLOCK_BYTES", 3 * x.itemsize * 250)
+    expected = fitted(host, covariance_type)
     found = fitted(x, covariance_type, batch_size, accelerator="gpu")
     assert device.pinned > 4  # a block or more for each iteration
+    tolerance = 1e-10 if dtype == "float64" else PARAMETER_TOLERANCE[dtype]
     for name in ("weights_", "means_", "covariances_"):
         value = getattr(found, name)
         assert type(value) is (torch.Tensor if form == "tensor" else np.ndarray)
-        assert_close(np.asarray(value), getattr(expected, name), 1e-10, name)
-    assert_close(np.asarray(found.score_samples(x)), expected.score_samples(X), 1e-10)
-    assert np.array_equal(found.predict(x), expected.predict(X))
+        assert str(value.dtype).endswith(dtype)
+        assert_close(np.asarray(value), getattr(expected, name), tolerance, name)
+    assert_close(np.asarray(found.score_samples(x)), expected.score_samples(host), tolerance)
+    assert np.array_equal(found.predict(x), expected.predict(host))
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_weights_travel_with_the_rows(device):
     weight = np.random.RandomState(1).randint(0, 3, len(X)).astype(float)
     expected = fitted(X, sample_weight=weight)
@@ -251,21 +253,18 @@ def test_weights_travel_with_the_rows(device):
     assert_close(found.means_, expected.means_, 1e-10)
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_rows_that_have_room_go_as_a_whole(device):
     found = fitted(X, accelerator="gpu")
     assert device.pinned == 0
     assert_close(found.means_, fitted(X).means_, 1e-10)
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_the_device_rounds(device):
     found = fitted(X, batch_size=300, accelerator="gpu", precision=32)
     assert found.means_.dtype == np.float32
     assert_close(found.means_, fitted(X).means_, 1e-4)
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_k_means_on_rows_that_pass_through(device):
     settings = dict(convergence_tolerance=0, random_state=0)
     expected = KMeans(2, **settings).fit(X)
@@ -275,7 +274,6 @@ def test_k_means_on_rows_that_pass_through(device):
     assert np.array_equal(found.predict(X), expected.predict(X))
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_the_benchmark(device, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")

@@ -240,6 +240,35 @@ def test_pruning_changes_nothing_but_rounding(dtype, weighted):
     assert_close(again.second_moments, exact.second_moments, 1e-11)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pruned_statistics_of_many_blocks(dtype, weighted, monkeypatch):
+    """Several slabs, groups and blocks of a component; rows that have one component beside rows that have more."""
+    covariance = COVARIANCES["full"]
+    for module, name, value in (
+        (_pruning, "BLOCK_ROWS", 37),
+        (_pruning, "GROUP_ROWS", 501),
+        (_numpy, "PRUNING_ROWS", (35, 70)),
+        (_numpy, "SLAB_FLOPS", 1),
+        (_numpy, "PRUNING_GAIN", 1),
+    ):
+        monkeypatch.setattr(module, name, value)
+    x, parameters = separated(covariance)
+    # Half of the clusters draw near to each other.
+    shifts = np.where(np.arange(20)[:, None] < 10, 0.8 * parameters.means, 0)
+    x = np.random.RandomState(2).permutation(x - np.repeat(shifts, 150, axis=0))[:2983]
+    parameters = dataclasses.replace(parameters, means=parameters.means - shifts)
+    weight = np.random.RandomState(0).randint(0, 3, len(x)).astype(float) if weighted else None
+    rows = Rows(x.astype(dtype), weight)
+    engine = _numpy.Engine(rows, covariance, 1e-6)
+    pruned, exact = engine._pruned(parameters), _array_api.Engine(rows, covariance, 1e-6).expect(parameters)
+    r = _array_api.Engine(Rows(rows.array), covariance, 1e-6).responsibilities(parameters)
+    several = np.mean(np.sum(r > 1e-40, axis=1) > 1)
+    assert 0.05 < several < 0.95
+    for name in ("counts", "first_moments", "second_moments", "log_likelihood"):
+        assert_close(getattr(pruned, name), getattr(exact, name), 1e-11, name)
+    assert np.array_equal(engine.hints, r.argmax(axis=1))
+
+
 @pytest.mark.parametrize("spread", [30.0, 3.0])
 def test_pruned_predictions_equal_the_array_api(dtype, spread, monkeypatch):
     monkeypatch.setattr(_numpy, "SLAB_FLOPS", 1)

@@ -7,7 +7,7 @@ than its norm, so that with lambda_k = 1 / norm(Sigma_k)
 
 one narrow matrix product bounds all components. Those that stay more than `MARGIN` nats below one that is known are
 left out: what they would add is smaller than rounding. For the rest x - mu_k is formed before anything is multiplied,
-in float64, for all rows of a component at once.
+in float64, for many rows of a component at once.
 """
 
 import math
@@ -28,7 +28,7 @@ MARGIN = 100.0
 SMALLEST_COUNT = 1e-20
 # Rows that are grouped by component at a time, so that a component's group makes a matrix product.
 GROUP_ROWS = 2**16
-# Rows of a block of bounds.
+# Rows of a component, or of any, that are worked on at a time: in float64 they stay in the cache.
 BLOCK_ROWS = 2**11
 
 
@@ -146,7 +146,7 @@ class _Responsibilities:
 
     evidence: Array  # (n,): log-evidences
     own: Array  # (n,)
-    index: Array  # (m,): rows, in the order of their components
+    index: Array  # (m,): rows; those of one row are in the order of their components
     components: Array  # (m,)
     others: Array  # (m,)
     likeliest: Array  # (n,): the component of largest responsibility

@@ -61,7 +61,7 @@ class Settings:
             return rows
         if self.device in (None, "cpu") or not _is_on_host(some):
             return rows.mapped(self._place)
-        # Imports torch, which a GPU is asked of.
+        # Imports torch, which only those who ask for a GPU pay for.
         from gaussmix import _gpu
 
         if isinstance(rows, Rows):
@@ -190,7 +190,7 @@ def _moved(x: Array, where: str) -> Array:
         return x.to(where, non_blocking=where != "cpu")
     if where == "cpu":
         return x.get() if is_cupy_array(x) else x
-    # Imports torch, which a GPU is asked of.
+    # Imports torch, which only those who ask for a GPU pay for.
     from gaussmix import _gpu
 
     return _gpu.as_tensor(x).to(where, non_blocking=True)
