@@ -1,5 +1,6 @@
 """What the estimators share: inference, sampling and persistence on top of fitted attributes."""
 
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_is_fitted
 
 from gaussmix import _persistence, _streaming
-from gaussmix._arrays import array_namespace, asarray_like, floating_dtype
+from gaussmix._arrays import array_namespace, asarray_like, floating_dtype, to_numpy
 from gaussmix._covariance import COVARIANCES
 from gaussmix._data import Described, Rows, Stream
 from gaussmix._dispatch import engine
@@ -35,6 +36,21 @@ from gaussmix._validation import (
 )
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+# Parameters of constructors that no fitted parameter depends on, or through what `_told` says instead.
+WITHOUT_EFFECT = ("batch_size", "num_workers", "trainer_params", "verbose", "verbose_interval")
+
+
+def described(value: Any) -> Any:
+    """A setting as JSON has it, for comparison: an array is told by its contents, a generator by nothing."""
+    if isinstance(value, np.random.RandomState):
+        return None
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    array = to_numpy(value).astype(np.float64)
+    return {"shape": list(array.shape), "sha256": hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()}
 
 
 def takes_data(method: Method) -> Method:
@@ -532,6 +548,11 @@ class Mixture(DensityMixin, Persistent):
     def _placed(self, rows: Rows | Stream) -> Rows | Stream:
         """The rows where they are to be computed."""
         return rows
+
+    def _told(self) -> dict[str, Any]:
+        """What the constructor was told that a fit depends on, as JSON has it; arrays by their contents."""
+        params = self.get_params(deep=False)
+        return {name: described(value) for name, value in params.items() if name not in WITHOUT_EFFECT}
 
     def _check_parameters(self) -> None:
         """Raise for parameters of the constructor that mean nothing."""

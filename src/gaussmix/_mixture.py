@@ -414,6 +414,10 @@ class GaussianMixture(Mixture, Trained):
 
         return GaussianMixtureModel.of(self.weights_, self.means_, self.precisions_cholesky_, self.covariance_type)
 
+    def _told(self) -> dict[str, Any]:
+        settings = self._settings(warn=False)
+        return super()._told() | {"max_epochs": settings.max_epochs, "precision": settings.dtype}
+
     def _check_parameters(self) -> None:
         check_integer("num_components", self.num_components, 1)
         check_covariance_type(self.covariance_type)
