@@ -445,10 +445,10 @@ def test_a_folder_that_can_not_be_written_to(tmp_path, monkeypatch, cls):
         mixture(cls).fit(X, checkpoint=tmp_path / "file" / "fit")
 
     # Permissions do not stop root, as whom the suite may run.
-    def fail(**where):
-        raise PermissionError(13, "Permission denied", where["dir"])
+    def fail(path, *_):
+        raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(tempfile, "mkstemp", fail)
+    monkeypatch.setattr(os, "open", fail)
     seen = []
     with pytest.raises(PermissionError, match=r"checkpoint=.*fit.* can not be written.*; pass a path") as error:
         mixture(cls).fit(X, checkpoint=tmp_path / "fit", callback=lambda *_: seen.append(_))

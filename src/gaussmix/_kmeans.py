@@ -133,9 +133,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         ValueError, TypeError
             For bad parameters, data that is not finite, and fewer rows than clusters.
         """
-        check_integer("num_clusters", self.num_clusters, 1)
-        check_option("init_strategy", self.init_strategy, SEEDS)
-        check_real("convergence_tolerance", self.convergence_tolerance)
+        self._check_parameters()
         settings = self._settings()
         rows = validate_rows(self, X, reset=True, sample_weight=sample_weight, batch_size=self.batch_size)
         k = self.num_clusters
@@ -249,6 +247,11 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         from gaussmix.torch import KMeansModel as Module
 
         return Module.of(self.centroids_)
+
+    def _check_parameters(self) -> None:
+        check_integer("num_clusters", self.num_clusters, 1)
+        check_option("init_strategy", self.init_strategy, SEEDS)
+        check_real("convergence_tolerance", self.convergence_tolerance)
 
     @property
     def _n_features_out(self) -> int:

@@ -2,7 +2,8 @@
 
 import math
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -336,11 +337,12 @@ def validate_array(name: str, value: Any, shape: tuple[int, ...]) -> Array:
     return array
 
 
-def validate_mixture_weights(name: str, value: Any, k: int) -> Array:
+def validate_mixture_weights(name: str, value: Any, k: int, tolerance: float | None = None) -> Array:
     """Weights of k components, not negative, with sum 1."""
     weights = validate_array(name, value, (k,))
     xp = array_namespace(weights)
-    tolerance = 1e-5 if weights.dtype == xp.float32 else 1e-8
+    if tolerance is None:
+        tolerance = 1e-5 if weights.dtype == xp.float32 else 1e-8
     smallest, largest, total = float(xp.min(weights)), float(xp.max(weights)), float(xp.sum(weights))
     if smallest < 0 or largest > 1 + tolerance:
         raise ValueError(
@@ -394,3 +396,54 @@ def validate_parameters(weights: Any, means: Any, covariances: Any, covariance: 
     covariance.validate(exact, k, d, "covariances")
     parameters = Parameters(weights, means, exact, covariance.precision_cholesky(exact))
     return parameters.moved(means, means.dtype)
+
+
+def check_mixture(weights: Array, means: Array, precision_cholesky: Array, covariance: Covariance) -> None:
+    """Raise ValueError unless a file's arrays are the parameters of a mixture, in whatever precision they were saved.
+
+    The factors decide: covariances that were rounded to float32 may be singular where their factors are not.
+    """
+    if len(means.shape) != 2 or 0 in means.shape:
+        raise ValueError(f"means has shape {tuple(means.shape)}; expected (number of components, number of features)")
+    k, d = means.shape
+    validate_array("means", means, (k, d))
+    # PyCave's weights are float32 sums over all rows; half precision has as few as 8 bits.
+    validate_mixture_weights("weights", weights, k, tolerance=1e-2 if "float16" in str(weights.dtype) else 1e-3)
+    factors = validate_array("precisions_cholesky", precision_cholesky, covariance.shape(k, d))
+    if not bool(covariance.is_factor(factors)):
+        raise ValueError(
+            "The parameter 'precisions_cholesky' should be upper triangular with a positive diagonal; pass U with "
+            "U U^T = Sigma^-1"
+        )
+
+
+def check_type(name: str, value: Any, kind: type) -> None:
+    """Raise TypeError unless `value` is of this type."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
+
+
+def _check_bound(name: str, value: Any) -> None:
+    """Raise unless `value` is a likelihood or an inertia; without iterations it is infinite."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if math.isnan(value):
+        raise ValueError(f"{name} is NaN: the fit had failed; fit again")
+
+
+def _check_bounds(name: str, value: Any) -> None:
+    check_type(name, value, list)
+    for bound in value:
+        _check_bound(name, bound)
+        if math.isinf(bound):
+            raise ValueError(f"{name} must be finite, got {value!r}")
+
+
+# What a fit says of how it went, and the check of each.
+REPORTS: dict[str, Callable[[str, Any], None]] = {
+    **dict.fromkeys(("n_iter_", "num_iter_", "n_steps_"), partial(check_integer, minimum=0)),
+    **dict.fromkeys(("lower_bound_", "nll_", "inertia_"), _check_bound),
+    **dict.fromkeys(("backend_", "precision_"), partial(check_type, kind=str)),
+    "converged_": partial(check_type, kind=bool),
+    "lower_bounds_": _check_bounds,
+}
