@@ -488,11 +488,10 @@ class TestFiles:
                 if bomb == "repeated":  # one entry of the directory for the same bytes many times
                     archive.filelist *= 100
         monkeypatch.setattr(torch, "load", None)
-        with pytest.raises(ValueError, match=r"parameters\.pt is damaged: it unpacks to \d+ bytes, more than its"):
+        with pytest.raises(ValueError, match=r"parameters\.pt is damaged: .* \d+ bytes"):
             gt.KMeansModel.load(tmp_path)
-        # As large as its config says, and still not.
-        (tmp_path / "config.json").write_text('{"num_clusters": 1000000, "num_features": 1000000}')
-        if bomb != "too large":
+        if bomb != "too large":  # nor does a config help that says so
+            (tmp_path / "config.json").write_text('{"num_clusters": 1000000, "num_features": 1000000}')
             with pytest.raises(ValueError, match=r"it unpacks to \d+ bytes"):
                 gt.KMeansModel.load(tmp_path)
 

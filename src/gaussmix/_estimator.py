@@ -157,8 +157,9 @@ class Persistent(BaseEstimator):
         ------
         NotADirectoryError
             If `path` is a file.
-        TypeError
-            If a constructor parameter can not be written as JSON.
+        TypeError, ValueError
+            If a constructor parameter can not be written as JSON, or `load` would refuse a parameter or an attribute:
+            NaN, names that no class annotates.
         """
         _persistence.save(self, path)
 
@@ -172,7 +173,7 @@ class Persistent(BaseEstimator):
 
         Raises
         ------
-        NotADirectoryError, TypeError
+        NotADirectoryError, TypeError, ValueError
             As `save`.
         """
         _persistence.save_parameters(self, path)
@@ -189,7 +190,7 @@ class Persistent(BaseEstimator):
         ------
         sklearn.exceptions.NotFittedError
             Before `fit`.
-        NotADirectoryError, TypeError
+        NotADirectoryError, TypeError, ValueError
             As `save`.
         """
         _persistence.save_attributes(self, path)
@@ -254,14 +255,16 @@ class Persistent(BaseEstimator):
         FileNotFoundError
             If there is nothing to load at `path`.
         ValueError
-            If the files are damaged, belong to another class or a newer version, or the parameters are a pickle.
+            If the files are damaged or incomplete, hold what no fit leaves, belong to another class or a newer version,
+            or the parameters are a pickle.
         ImportError
             If PyCave or torchgmm wrote the files and torch is not installed.
 
         Warns
         -----
         UserWarning
-            If `converged_`, `num_iter_` and the score of the fit are not loaded because they are a pickle.
+            If `converged_`, `num_iter_` and the score of the fit are not loaded because they are a pickle, and if
+            gaussmix 0.1.0 wrote the files: without a digest of all that they say, damage may go unnoticed.
         """
         return _persistence.load(cls, path, allow_pickle)
 

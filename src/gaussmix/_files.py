@@ -72,6 +72,7 @@ def with_arrays(
 
     `serialize` is that of the arrays' library; torch's for tensors, of which NumPy does not have all dtypes.
     """
+    metadata = _as_read(metadata)
     # One entry: safetensors puts several in any order, and the same fit is to give the same file.
     return serialize(arrays, {"gaussmix": json.dumps(metadata | {"sha256": _digest(arrays, metadata)}, sort_keys=True)})
 
@@ -100,6 +101,7 @@ def read_arrays(path: Path, remedy: str = SAVE_AGAIN, framework: str = "numpy") 
 
 def with_digest(content: dict[str, Any]) -> bytes:
     """JSON for people, with a digest for `check_digest`."""
+    content = _as_read(content)
     return json.dumps(content | {"sha256": _digest({}, content)}, indent=2).encode()
 
 
@@ -120,6 +122,11 @@ def check_digest(path: Path, content: dict[str, Any]) -> None:
 def _warn_no_digest(path: Path, remedy: str = SAVE_AGAIN) -> None:
     """Of a file that gaussmix 0.1.0 wrote, or somebody edited."""
     warn_user(f"{path} carries no digest of its metadata, whose damage goes unnoticed; {remedy}", UserWarning)
+
+
+def _as_read(content: dict[str, Any]) -> Any:
+    """What will be read, of which the digest is: keys become strings."""
+    return _parse(json.dumps(content))
 
 
 def _digest(arrays: dict[str, Any], metadata: dict[str, Any] | None = None) -> str:

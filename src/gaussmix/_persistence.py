@@ -50,8 +50,9 @@ FORMAT = 2
 PARAMS, MODEL = "params.json", "model.safetensors"
 MIXTURE, CLUSTERING = ("weights_", "means_", "covariances_", "precisions_cholesky_"), ("centroids_",)
 DTYPES = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8")
-# Of names: they are lists of strings in JSON.
-OBJECT = "object"
+NAMES = ("object",)  # the dtype of feature_names_in_, which are a list of strings in JSON
+# What values of another kind than is expected raise.
+INVALID = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
 
 E = TypeVar("E")
 
@@ -111,14 +112,16 @@ def load_attributes(estimator: Any, path: str | os.PathLike[str]) -> None:
     folder = as_path(path)
     if not os.path.lexists(folder / MODEL):
         raise FileNotFoundError(f"{folder} holds no fitted attributes: {MODEL} is not there; fit the estimator first")
-    attributes = _read(type(estimator), folder)[1]
+    saved, attributes = _read(type(estimator), folder)
+    types = [getattr(each, "covariance_type", None) for each in (saved, estimator)]
+    if "covariance_type_" not in attributes and types[0] != types[1]:
+        raise ValueError(
+            f"{folder} holds attributes of covariance_type={types[0]!r}, and the estimator has {types[1]!r}; set the "
+            "parameter, or load the whole estimator"
+        )
     for name in estimator.persistent_attributes:  # those of another fit, which the file may not have
         vars(estimator).pop(name, None)
     vars(estimator).update(attributes)
-
-
-# What values of another kind than is expected raise.
-INVALID = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
 
 
 def _read(cls: type[E], folder: Path, *, as_a_whole: bool = False) -> tuple[E, dict[str, Any]]:
@@ -140,7 +143,7 @@ def _read(cls: type[E], folder: Path, *, as_a_whole: bool = False) -> tuple[E, d
         estimator = _unfitted(cls, metadata["params"])
         attributes = {}
         if arrays is not None:
-            decoded = {name: _decode(value) for name, value in metadata["attributes"].items()}
+            decoded = {name: _decode(value, NAMES) for name, value in metadata["attributes"].items()}
             attributes = decoded | arrays
             _check_attributes(estimator, attributes)
     except INVALID as error:
@@ -172,7 +175,7 @@ def _model(estimator: Any, params: dict[str, Any]) -> bytes:
     fitted = {name: getattr(estimator, name) for name in estimator.persistent_attributes}
     arrays = {name: _native(to_numpy(value)) for name, value in fitted.items() if _is_numeric(value)}
     attributes = {name: _encode(name, value) for name, value in fitted.items() if name not in arrays}
-    _check_attributes(estimator, arrays | {name: _decode(value) for name, value in attributes.items()})
+    _check_attributes(estimator, arrays | {name: _decode(value, NAMES) for name, value in attributes.items()})
     return with_arrays(arrays, params | {"attributes": attributes})
 
 
@@ -193,7 +196,11 @@ def _class_name(cls: type) -> str:
 
 
 def _check_header(cls: type, metadata: Any, folder: Path) -> None:
-    if not isinstance(metadata, dict) or "format" not in metadata or "class" not in metadata:
+    if not (
+        isinstance(metadata, dict)
+        and isinstance(metadata.get("format"), int)
+        and isinstance(metadata.get("class"), str)
+    ):
         raise ValueError(f"{folder} was not written by gaussmix; files of other libraries can not be loaded")
     if metadata["format"] not in range(1, FORMAT + 1):
         raise ValueError(
@@ -201,7 +208,7 @@ def _check_header(cls: type, metadata: Any, folder: Path) -> None:
         )
     expected = _class_name(cls)
     if metadata["class"] != expected:
-        raise ValueError(f"{folder} holds a {metadata['class']}, not a {expected}; load it with that class")
+        raise ValueError(f"{folder} holds a {metadata['class']:.200}, not a {expected}; load it with that class")
 
 
 def _parameters(estimator: Any) -> dict[str, Any]:
@@ -235,10 +242,10 @@ def _encode(name: str, value: Any) -> Any:
     return value
 
 
-def _decode(value: Any) -> Any:
+def _decode(value: Any, others: tuple[str, ...] = ()) -> Any:
     if not (isinstance(value, dict) and value.keys() == {"array", "dtype"}):
         return value
-    if value["dtype"] not in (*DTYPES, OBJECT):
+    if value["dtype"] not in (*DTYPES, *others):
         raise ValueError(f"an array has dtype {value['dtype']!r}")
     with np.errstate(over="ignore"):  # what has no room is not finite, which is found
         return np.asarray(value["array"], dtype=value["dtype"])
@@ -271,7 +278,9 @@ def _check_attributes(estimator: Any, attributes: dict[str, Any]) -> None:
         covariance = check_covariance_type(attributes.get("covariance_type_", estimator.covariance_type))
         check_mixture(attributes["weights_"], points, attributes["precisions_cholesky_"], covariance)
         for name in {"covariances_", "precisions_"} & attributes.keys():
-            validate_array(name, attributes[name], covariance.shape(k, d))
+            matrices = validate_array(name, attributes[name], covariance.shape(k, d))
+            if (covariance.variances(matrices) < 0).any():
+                raise ValueError(f"{name} has a negative value on its diagonal")
     else:
         validate_array("centroids_", points, (k, d))
     if 0 in (k, d) or attributes.get("n_features_in_", d) != d:

@@ -292,7 +292,9 @@ class _Model(nn.Module):
         self._check_buffers()
         config = asdict(self.config)
         # Copies: safetensors takes contiguous tensors that share no memory.
-        buffers = {name: b.detach().clone(memory_format=torch.contiguous_format) for name, b in self.named_buffers()}
+        buffers = {
+            name: b.detach().cpu().clone(memory_format=torch.contiguous_format) for name, b in self.named_buffers()
+        }
         program = self._program() if compile_model else None
         folder = make_folder(path)
         # One of other parameters would be a trap.
@@ -325,7 +327,7 @@ class _Model(nn.Module):
         """
         folder = as_path(path)
         buffers: dict[str, Tensor] | None = None
-        if (folder / PARAMETERS).is_file():
+        if os.path.lexists(folder / PARAMETERS):
             buffers, config = read_arrays(folder / PARAMETERS, framework="pt")
         elif (folder / CONFIG).is_file() and (folder / OLD_PARAMETERS).is_file():
             config = read_json(folder / CONFIG)
@@ -718,9 +720,13 @@ def _shape_of(name: str, tensor: Tensor) -> tuple[int, int]:
 
 def _read_old_parameters(path: Path, numel: int) -> Any:
     """The tensors of PyCave or torchgmm, which have so many numbers."""
+    size, limit = path.stat().st_size, 8 * numel + OLD_OVERHEAD
+    if size > limit:
+        raise damaged(path, f"it has {size} bytes, and its tensors take {limit} at most")
+    content = path.read_bytes()
     try:
-        _check_archive(path, 8 * numel + OLD_OVERHEAD)
-        buffers = torch.load(path, map_location="cpu", weights_only=True)
+        _check_archive(content)
+        buffers = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (*UNREADABLE, zipfile.BadZipFile) as error:
         raise damaged(path, error) from error
     for name, tensor in buffers.items() if isinstance(buffers, dict) else ():
@@ -730,15 +736,16 @@ def _read_old_parameters(path: Path, numel: int) -> Any:
     return buffers
 
 
-def _check_archive(path: Path, limit: int) -> None:
-    """Raise unless the archive, unpacked, takes so many bytes at most and names nothing but tensors."""
-    with zipfile.ZipFile(path) as archive:
+def _check_archive(content: bytes) -> None:
+    """Raise unless the archive unpacks to no more than it is, and names nothing but tensors."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
         entries = archive.infolist()
+        # torch compresses nothing; and entries could share their bytes.
         declared = sum(entry.file_size for entry in entries)
-        if declared > limit or declared > path.stat().st_size:
-            raise ValueError(f"it unpacks to {declared} bytes, more than its tensors take")
+        if declared > len(content) or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError(f"it is compressed: it unpacks to {declared} bytes")
         pickles = [archive.read(entry) for entry in entries if entry.filename.endswith("data.pkl")]
-    for content in pickles:
-        for operation, argument, _ in pickletools.genops(content):
+    for pickled in pickles:
+        for operation, argument, _ in pickletools.genops(pickled):
             if operation.name in NAMING and argument not in OLD_NAMES:
                 raise ValueError(f"it names {argument}, which no dense tensor of floating-point numbers does")
