@@ -5,7 +5,6 @@ import json
 import math
 import os
 import stat
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -499,19 +498,6 @@ class TestPermissions:
         (tmp_path / "model.safetensors").chmod(mode)
         fitted(GaussianMixture).save(tmp_path)
         assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == mode
-
-    def test_other_threads_keep_their_mask(self, tmp_path, umask):
-        def create():
-            for i in range(300):
-                os.close(os.open(tmp_path / str(i), os.O_CREAT | os.O_WRONLY, 0o666))
-
-        thread = threading.Thread(target=create)
-        mixture = fitted(GaussianMixture)
-        thread.start()
-        while thread.is_alive():
-            mixture.save(tmp_path / "model")
-        modes = {stat.S_IMODE((tmp_path / str(i)).stat().st_mode) for i in range(300)}
-        assert modes == {0o640}
 
     def test_the_mask_is_never_asked_for(self, tmp_path, monkeypatch):
         monkeypatch.delattr(os, "umask")
