@@ -5,6 +5,8 @@ import math
 import os
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
+from types import ModuleType
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import numpy as np
@@ -19,6 +21,7 @@ from gaussmix._arrays import array_namespace, asarray_like, floating_dtype, to_n
 from gaussmix._covariance import COVARIANCES
 from gaussmix._data import Described, Rows, Stream
 from gaussmix._dispatch import engine
+from gaussmix._distributed import process_group
 from gaussmix._engine import Engine, Fitting, stepwise
 from gaussmix._parameters import Parameters
 from gaussmix._trainer import Settings, settings, trainer
@@ -43,7 +46,7 @@ WITHOUT_EFFECT = ("batch_size", "num_workers", "trainer_params", "verbose", "ver
 
 def described(value: Any) -> Any:
     """A setting as JSON has it, for comparison: an array is told by its contents, a generator by nothing."""
-    if isinstance(value, np.random.RandomState):
+    if isinstance(value, (np.random.RandomState, ModuleType)):  # numpy.random is one, scikit-learn says
         return None
     if isinstance(value, np.generic):
         return value.item()
@@ -63,6 +66,23 @@ def takes_data(method: Method) -> Method:
                 raise TypeError(f"{method.__name__}() got both X and data, which are the same argument; pass one")
             args = (kwargs.pop("data"),)
         return method(self, *args, **kwargs)
+
+    return cast(Method, call)
+
+
+def in_group(method: Method) -> Method:
+    """The method, `fit`, for which `distributed` is a `Group`: its processes are told the same, and fail together."""
+
+    @wraps(method)
+    def call(self: Any, *args: Any, distributed: Any = None, **kwargs: Any) -> Any:
+        if distributed is None:
+            return method(self, *args, **kwargs)
+        group = process_group(distributed, args[0] if args else kwargs.get("X"), self._device())
+        with group.together():
+            arguments = signature(method).bind(self, *args, **kwargs)
+            arguments.apply_defaults()
+            group.compare(self._told_to_fit(arguments.arguments) | {"the device": group.device.partition(":")[0]})
+            return method(self, *args, distributed=group, **kwargs)
 
     return cast(Method, call)
 
@@ -270,6 +290,11 @@ class Persistent(BaseEstimator):
         copy: Self = clone(self)
         return copy
 
+    def _told(self) -> dict[str, Any]:
+        """What the constructor was told that a fit depends on, as JSON has it; arrays by their contents."""
+        params = self.get_params(deep=False)
+        return {name: described(value) for name, value in params.items() if name not in WITHOUT_EFFECT}
+
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.array_api_support = True
@@ -309,6 +334,10 @@ class Trained(Persistent):
     def _settings(self, *, warn: bool = True) -> Settings:
         # A fit has said what there is to say about them: predictions say nothing.
         return settings(self.trainer_params, self._max_epochs, warn=warn)
+
+    def _told(self) -> dict[str, Any]:
+        settings = self._settings(warn=False)
+        return super()._told() | {"max_epochs": settings.max_epochs, "precision": settings.dtype}
 
 
 class Mixture(DensityMixin, Persistent):
@@ -549,10 +578,21 @@ class Mixture(DensityMixin, Persistent):
         """The rows where they are to be computed."""
         return rows
 
-    def _told(self) -> dict[str, Any]:
-        """What the constructor was told that a fit depends on, as JSON has it; arrays by their contents."""
-        params = self.get_params(deep=False)
-        return {name: described(value) for name, value in params.items() if name not in WITHOUT_EFFECT}
+    def _told_to_fit(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What processes that fit together need to be told alike."""
+        told = {"the class": f"{type(self).__module__}.{type(self).__qualname__}"} | self._told()
+        told["whether sample_weight is given"] = arguments["sample_weight"] is not None
+        checkpoint = arguments["checkpoint"]
+        told["checkpoint"] = None if checkpoint is None else os.fspath(checkpoint)
+        told |= {name: described(arguments[name]) for name in ("checkpoint_every", "resume")}
+        if getattr(self, "warm_start", False):
+            names = ("weights_", "means_", "covariances_", "precisions_cholesky_", "lower_bound_")
+            told |= {f"{name} (warm_start)": described(getattr(self, name, None)) for name in names}
+        return told
+
+    def _device(self) -> str | None:
+        """Where rows are computed, if not where they are."""
+        return None
 
     def _check_parameters(self) -> None:
         """Raise for parameters of the constructor that mean nothing."""

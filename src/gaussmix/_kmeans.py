@@ -146,7 +146,9 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         if settings.fabric is None:
             result, self.inertia_ = run(settings.placed(rows), random_state)
         else:
-            result, self.inertia_ = launch(settings.fabric, partial(run.shared, shareable(rows), random_state))
+            result, self.inertia_ = launch(
+                settings.fabric, partial(run.shared, self._told(), shareable(rows), random_state)
+            )
         like = settings.rounded(rows.like[:0, :])
         self.centroids_ = asarray_like(result.centroids, like, floating_dtype(like))
         self.converged_, self.num_iter_ = result.converged, result.n_iter
@@ -287,9 +289,10 @@ class _Run:
         return result, mean_squared_distance(on_rows, result.centroids)
 
     def shared(
-        self, rows: Rows | Stream, random_state: np.random.RandomState, group: Group
+        self, told: dict[str, Any], rows: Rows | Stream, random_state: np.random.RandomState, group: Group
     ) -> tuple[KMeansResult, float]:
         """The same in several processes; with arrays in host memory, which travel between them."""
+        group.compare(told | {"the shape of X": rows.shape})
         rows = replace(self.settings, device=group.device).placed(rows)
         result, inertia = self(rows, group.from_first(random_state), group)
         return replace(result, centroids=to_numpy(result.centroids)), inertia

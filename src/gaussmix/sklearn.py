@@ -24,10 +24,10 @@ from gaussmix._checkpoint import State, opened, run
 from gaussmix._covariance import COVARIANCES, Covariance
 from gaussmix._data import Described, Rows
 from gaussmix._dispatch import engine
-from gaussmix._distributed import Group, Share, process_group
+from gaussmix._distributed import Group, Share
 from gaussmix._em import Callback, EMResult, best_of
 from gaussmix._engine import Fitting
-from gaussmix._estimator import Mixture, averaged, by_block, sum_of_blocks
+from gaussmix._estimator import Mixture, averaged, by_block, in_group, sum_of_blocks
 from gaussmix._initialization import find_means, initialize
 from gaussmix._parameters import Parameters, SingularCovarianceError
 from gaussmix._typing import Array
@@ -185,6 +185,7 @@ class GaussianMixture(Mixture):
         self.verbose = verbose
         self.verbose_interval = verbose_interval
 
+    @in_group
     def fit(
         self,
         X: Any,
@@ -224,7 +225,8 @@ class GaussianMixture(Mixture):
             Go on from `checkpoint` where there is such a file: the result is that of a fit that was not interrupted.
         distributed : "torch" or torch.distributed.ProcessGroup, optional
             X is this process's share of the rows, which may be none: the processes that torchrun started, or those of
-            the group, fit one mixture to all of them. Attributes are the same in every process.
+            the group, fit one mixture to all of them. Attributes are the same in every process. So must be what it is
+            told, but for `verbose` and `callback`; an error in one process ends the fit in all.
 
         Returns
         -------
@@ -233,7 +235,10 @@ class GaussianMixture(Mixture):
         Raises
         ------
         ValueError, TypeError
-            For bad parameters, data that is not finite, and fewer rows than components or than two.
+            For bad parameters, data that is not finite, and fewer rows than components or than two; in all processes
+            for settings in which they differ.
+        RuntimeError
+            If another process failed; the error has its message.
         numpy.linalg.LinAlgError
             If a covariance is not positive definite; also a `torch.linalg.LinAlgError` where torch is loaded.
 
@@ -244,7 +249,7 @@ class GaussianMixture(Mixture):
         """
         self._check_parameters()
         covariance = COVARIANCES[self.covariance_type]
-        group = None if distributed is None else process_group(distributed, X)
+        group = distributed
         rows = self._validated(X, sample_weight, group)
         check_enough_rows(rows.n_positive, "n_components", self.n_components)
         on_rows = engine(rows, covariance, self.reg_covar)
@@ -252,7 +257,7 @@ class GaussianMixture(Mixture):
         random_state = random_generator(self.random_state)
         if group is not None:
             random_state = group.from_first(random_state)
-            callback = None if callback is None else group.agreed(callback)
+            callback = group.agreed(callback)
         identity = {"n_components": self.n_components, "covariance_type": self.covariance_type}
         noted, state = opened(
             checkpoint,
@@ -284,7 +289,7 @@ class GaussianMixture(Mixture):
             raise
         if self.max_iter and not result.converged:
             warnings.warn(
-                f"{NOT_CONVERGED} Now max_iter={self.max_iter}, tol={self.tol:g}.", ConvergenceWarning, stacklevel=2
+                f"{NOT_CONVERGED} Now max_iter={self.max_iter}, tol={self.tol:g}.", ConvergenceWarning, stacklevel=3
             )
         self._set_parameters(result.parameters, rows)
         self._set_progress(result.lower_bounds, result.converged)
@@ -532,8 +537,7 @@ class GaussianMixture(Mixture):
         """The rows to fit to; with a group, those of all its processes."""
         if group is None:
             return validate_rows(self, X, reset=True, min_rows=2, sample_weight=sample_weight)
-        validate = partial(validate_rows, self, X, reset=True, min_rows=0, sample_weight=sample_weight)
-        return Share.of(group.all_or_none(validate), group)
+        return Share.of(validate_rows(self, X, reset=True, min_rows=0, sample_weight=sample_weight), group)
 
     def _run(
         self,
