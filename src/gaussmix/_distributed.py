@@ -7,7 +7,7 @@ for several devices. Every process takes the same decisions, since all see the s
 import atexit
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,7 @@ from gaussmix._typing import Array, DType
 
 T = TypeVar("T")
 
-# What is summed over processes, packed into one vector.
+# What is summed over processes, in one vector.
 SUMS = ("counts", "first_moments", "second_moments", "log_likelihood")
 # Rows of a block that is only looked at.
 BLOCK_ROWS = 2**13
@@ -61,12 +61,14 @@ class Group:
                 self._meet(f"{type(error).__name__}: {error}")
             raise
 
-    def sum(self, values: Array) -> Array:
-        """The sum of all processes' values, float64 on the host: the same bits in each of them."""
-        if values.size > self._length:
+    def sum(self, *values: Array) -> list[Array]:
+        """The sums of all processes' arrays, float64 on the host: the same bits in each of them."""
+        ends = np.cumsum([value.size for value in values])
+        if ends[-1] > self._length:
             self._meet()  # in the length that a process which failed knows
-            self._length = values.size
-        return self._sum(values.ravel())[: values.size].reshape(values.shape)
+            self._length = int(ends[-1])
+        parts = np.split(self._sum(values), ends)
+        return [part.reshape(value.shape) for part, value in zip(parts, values, strict=False)]
 
     def each(self, value: T) -> list[T]:
         """Every process's value."""
@@ -100,18 +102,18 @@ class Group:
         """A callback whose answer is true in all processes where it is in one; None where none of them has any."""
         if not any(self.each(callback is not None)):
             return None
-        return lambda *args: bool(self.sum(np.array(float(callback is not None and bool(callback(*args))))))
+        return lambda *args: bool(self.sum(np.array(callback is not None and bool(callback(*args))))[0])
 
     def _meet(self, message: str | None = None) -> None:
         """Whether a process has failed, with this message: the others then raise."""
         if self._length:
-            self._sum(np.empty(0), message)
+            self._sum((), message)
         else:
             self._gather(None, message)
 
-    def _sum(self, values: Array, message: str | None = None) -> Array:
-        vector = np.zeros(self._length + 1)
-        vector[: values.size], vector[-1] = values, message is not None
+    def _sum(self, values: Sequence[Array], message: str | None = None) -> Array:
+        unused = np.zeros(self._length - sum(value.size for value in values))
+        vector = np.concatenate([*map(np.ravel, values), unused, [message is not None]], dtype=np.float64)
         self._can_tell = False  # of what the communication raises, the others can not be told by it
         total = self._all_reduce(vector)
         if total[-1]:
@@ -198,14 +200,14 @@ class Share:
         own = n if weight is None else int(np.count_nonzero(to_numpy(weight) > 0))
         total = float(n) if weight is None else float(to_numpy(weight).sum(dtype=np.float64))
         middle = total * to_numpy(rows.mean(BLOCK_ROWS)) if own else np.zeros(d)
-        sums = group.sum(np.concatenate([[n, total], middle]))
+        counts, middle = group.sum(np.array([n, total]), middle)
         return cls(
             rows,
             group,
             tuple(group.each(own)),
-            (int(sums[0]), d),
+            (int(counts[0]), d),
             like,
-            asarray_like(sums[2:] / sums[1] if sums[1] else sums[2:], like, working_dtype(like)),
+            asarray_like(middle / (counts[1] or 1), like, working_dtype(like)),
         )
 
     def computed(self, like: Array) -> "Share":
@@ -278,10 +280,7 @@ class Engine(Summed):
     def _sum(self, statistics: Callable[[], SufficientStatistics], origin: Array) -> SufficientStatistics:
         has_rows = self.rows.counts[self.rows.group.rank] > 0
         own = statistics().about(origin, self.covariance) if has_rows else self._nothing(origin)
-        values = [to_numpy(getattr(own, name)) for name in SUMS]
-        total = self.rows.group.sum(np.concatenate([value.astype(np.float64).ravel() for value in values]))
-        parts = np.split(total, np.cumsum([value.size for value in values])[:-1])
-        summed = (part.reshape(value.shape) for part, value in zip(parts, values, strict=True))
+        summed = self.rows.group.sum(*(to_numpy(getattr(own, name)) for name in SUMS))
         return SufficientStatistics(origin, *(asarray_like(value, origin) for value in summed))
 
     def _nothing(self, origin: Array) -> SufficientStatistics:
@@ -314,7 +313,7 @@ class Clusters:
         if self._share is not None:
             counts, sums = self._share.sums(centroids, origin)
             own[:, d], own[:, :d] = to_numpy(counts), to_numpy(sums)
-        total = self._group.sum(own)
+        (total,) = self._group.sum(own)
         return asarray_like(total[:, d], centroids), asarray_like(total[:, :d], centroids)
 
 
