@@ -621,7 +621,7 @@ def lloyd(x, centroids, iterations=300, tolerance=0.0):
         moved = np.stack([x[labels == k].mean(axis=0) for k in range(len(centroids))])
         movements.append(np.linalg.norm(moved - centroids))
         centroids = moved
-        if movements[-1] <= tolerance * x.var(axis=0).mean():
+        if movements[-1] ** 2 <= tolerance * x.var(axis=0).mean():
             return centroids, movements, True
     return centroids, movements, False
 

@@ -198,9 +198,9 @@ class Engine(Summed):
         super().__init__(rows, on_block)
         self._share = on_share
 
-    def assign(self, means: Array) -> SufficientStatistics:
-        """Statistics of the rows that are nearest to each of `means` (k, d)."""
-        return self._sum(lambda: self._share.assign(means), means)
+    def assign(self, means: Array, origin: Array) -> SufficientStatistics:
+        """Statistics about `origin` (k, d) of the rows that are nearest to each of `means` (k, d)."""
+        return self._sum(lambda: self._share.assign(means, origin), origin)
 
     def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:
         """Statistics for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""

@@ -54,7 +54,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
     init_strategy : {"kmeans++", "random"}, default "kmeans++"
         Seeds by k-means++, or k rows drawn at random; from a sample of at most max(16384, 256 k) rows.
     convergence_tolerance : float, default 1e-4
-        Stops when the centroids move by no more than this times the mean variance of a feature (Frobenius norm).
+        Stops when the squared movement of the centroids, summed over them, is at most this times the mean variance of a
+        feature: scikit-learn's rule, which does not depend on the units of the data.
     batch_size : int, optional
         Number of rows read at a time; the result does not depend on it.
     trainer_params : dict, optional
