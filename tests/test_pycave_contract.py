@@ -993,6 +993,7 @@ ADDED = {
         "precisions_cholesky_": test_mixture_precisions_cholesky_,
         "lower_bounds_": test_mixture_lower_bounds_,
         "n_steps_": "test_partial_fit.py",
+        "covariance_type_": "test_sklearn.py",
         "backend_": test_mixture_backend_,
         "precision_": test_mixture_precision_,
     },

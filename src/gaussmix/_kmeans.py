@@ -15,7 +15,7 @@ from gaussmix._dispatch import clusters, distances, shareable
 from gaussmix._distributed import Group, launch
 from gaussmix._em import progress_bar
 from gaussmix._engine import Clusters
-from gaussmix._estimator import Trained, averaged, by_block, takes_data
+from gaussmix._estimator import Trained, averaged, by_block, takes_data, whole_or_not_at_all
 from gaussmix._initialization import (
     SAMPLE_ROWS,
     SAMPLE_ROWS_PER_COMPONENT,
@@ -113,6 +113,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         self.random_state = random_state
 
     @takes_data
+    @whole_or_not_at_all
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Find the centroids.
 
@@ -253,7 +254,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
 
     @property
     def _n_features_out(self) -> int:
-        return self.num_clusters
+        return int(self.centroids_.shape[0])
 
     def _rows(self, X: Any, method: str) -> Rows | Stream:
         check_is_fitted(self, "centroids_")

@@ -381,7 +381,7 @@ def validate_precisions(value: Any, covariance: Covariance, k: int, d: int) -> A
 
 
 def validate_parameters(weights: Any, means: Any, covariances: Any, covariance: Covariance) -> Parameters:
-    """Parameters from a user's arrays, in the library, dtype and on the device of `means`."""
+    """Parameters from a user's arrays, in the library and on the device of `means`, in the working dtype."""
     shape = tuple(getattr(means, "shape", np.shape(means)))
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"means has shape {shape}; expected (number of components, number of features)")
@@ -389,8 +389,7 @@ def validate_parameters(weights: Any, means: Any, covariances: Any, covariance: 
     means = validate_array("means", means, shape)
     weights = validate_mixture_weights("weights", weights, k)
     covariances = validate_array("covariances", covariances, covariance.shape(k, d))
-    # The factor is taken in full precision and only then rounded to the dtype of the means.
-    exact = asarray_like(covariances, means, working_dtype(means))
+    dtype = working_dtype(means)
+    exact = asarray_like(covariances, means, dtype)
     covariance.validate(exact, k, d, "covariances")
-    parameters = Parameters(weights, means, exact, covariance.precision_cholesky(exact))
-    return parameters.moved(means, means.dtype)
+    return Parameters(weights, means, exact, covariance.precision_cholesky(exact)).moved(means, dtype)
