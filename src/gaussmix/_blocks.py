@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -97,10 +98,17 @@ def _give_back(block: Array) -> None:
 def read_ahead(blocks: Iterator[T]) -> Iterator[T]:
     """The blocks, of which another thread reads the next one while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, blocks, None)
-        while (block := coming.result()) is not None:
-            coming = pool.submit(next, blocks, None)
-            yield block
+        before: list[T] = []
+        while True:
+            try:
+                coming = pool.submit(next, blocks, None)
+            except RuntimeError:  # no more threads: the interpreter shuts down, or the system has none left
+                yield from chain(before, blocks)
+                return
+            yield from before
+            if (block := coming.result()) is None:
+                return
+            before = [block]
 
 
 def readable(X: Any, batch_size: int | None, num_workers: int) -> Any:
