@@ -13,9 +13,8 @@ from array_api_compat import is_array_api_obj, is_torch_array
 from numpy.lib.array_utils import byte_bounds
 from scipy.sparse import issparse
 
-from gaussmix._arrays import array_namespace
 from gaussmix._data import slices
-from gaussmix._typing import Array, DType
+from gaussmix._typing import Array
 
 T = TypeVar("T")
 
@@ -47,15 +46,14 @@ class Blocks:
                 )
             yield block.detach() if is_torch_array(block) else block
 
-    def converted(self, dtype: DType) -> Iterator[Array]:
-        """The blocks in this dtype."""
-        for block in self.raw():
-            yield array_namespace(block).astype(block, dtype, copy=False)
+    def ahead(self, blocks: Iterator[T]) -> Iterator[T]:
+        """What is made of the blocks: by another thread, and a block ahead, where they lie in a file."""
+        return read_ahead(blocks) if isinstance(self.source, Slices) else blocks
 
 
 @dataclass(frozen=True)
 class Slices:
-    """Rows of what lies in a file and is sliced: numpy.memmap, h5py.Dataset, zarr.Array; the next block is read ahead.
+    """Rows of what lies in a file and is sliced: numpy.memmap, h5py.Dataset, zarr.Array.
 
     The size of a block is a function of the shape of the data and of `batch_size` alone.
     """
@@ -64,7 +62,7 @@ class Slices:
     batch_size: int | None
 
     def __iter__(self) -> Iterator[Array]:
-        return read_ahead(_read(self.source, rows) for rows in slices(self.source.shape[0], self._size))
+        return (_read(self.source, rows) for rows in slices(self.source.shape[0], self._size))
 
     @property
     def _size(self) -> int:

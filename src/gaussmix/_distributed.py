@@ -167,6 +167,10 @@ class Share:
         """How many rows of positive weight the processes before this one have."""
         return sum(self.counts[: self.group.rank])
 
+    def fingerprint(self) -> int:
+        """What `fingerprint` makes of the rows and weights of all processes."""
+        return sum(self.group.each(self.rows.fingerprint())) % 2**64
+
     def mean(self, size: int) -> Array:
         """Weighted mean of the rows: (d,), in the working dtype."""
         return self.middle

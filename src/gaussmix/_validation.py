@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from numbers import Integral
 from typing import Any
 
@@ -15,7 +15,7 @@ from sklearn.utils.validation import validate_data
 from gaussmix._arrays import array_namespace, asarray_like, device, floating_dtype, to_numpy, working_dtype
 from gaussmix._blocks import Blocks, readable
 from gaussmix._covariance import COVARIANCES, Covariance
-from gaussmix._data import Rows, Stream, slices
+from gaussmix._data import Rows, Stream, fingerprint, slices
 from gaussmix._parameters import Parameters
 from gaussmix._typing import Array
 
@@ -79,10 +79,13 @@ def validate_rows(
 
 
 def _validate_stream(estimator: Any, blocks: Blocks, reset: bool, min_rows: int, sample_weight: Any) -> Stream:
-    """One pass over the blocks: each of them checked, their number of rows, and the mean of the rows."""
-    n, like, totals = 0, None, []
+    """One pass over the blocks: each of them checked, their number of rows, their mean and their fingerprint."""
+    _refuse_one_pass(blocks.source)
+    if sample_weight is not None:
+        _refuse_random_order(blocks.source)
+    n, like, totals, seen = 0, None, [], 0
     weight = None
-    for number, block in enumerate(blocks.raw()):
+    for number, block in enumerate(blocks.ahead(blocks.raw())):
         x = _validate_array(block)
         xp = array_namespace(x)
         if like is None:
@@ -90,13 +93,7 @@ def _validate_stream(estimator: Any, blocks: Blocks, reset: bool, min_rows: int,
             like = xp.astype(x[: min(KEPT_ROWS, x.shape[0]), :], floating_dtype(x), copy=True)
             if sample_weight is not None:
                 weight = validate_weights(sample_weight, None, like, may_be_zero=min_rows == 0)
-        if type(x) is not type(like) or x.shape[1] != like.shape[1]:
-            raise ValueError(
-                f"block {number} (after row {n}) is a {type(x).__name__} with {x.shape[1]} features, the first one a "
-                f"{type(like).__name__} with {like.shape[1]}; all blocks need the same"
-            )
-        with np.errstate(over="ignore"):  # what a narrower dtype has no room for is not finite there
-            x = xp.astype(x, like.dtype, copy=False)
+        x = _as_first(x, like, number, n)
         if x.shape[1]:
             check_finite(x, first_row=n)
         part = slice(n, n + x.shape[0])
@@ -110,18 +107,80 @@ def _validate_stream(estimator: Any, blocks: Blocks, reset: bool, min_rows: int,
                 )
             values = weight[part, None] * xp.astype(x, weight.dtype, copy=False)
         totals.append(xp.sum(values, axis=0, dtype=working_dtype(x)))
+        seen += fingerprint(x, None if weight is None else weight[part])
     if like is None:
         raise ValueError(
-            "the data gave no blocks; pass an object that gives blocks of rows each time it is iterated over (an "
-            "iterator can be gone through only once)"
+            "the data gave no blocks; pass an object that gives blocks of rows each time it is iterated over"
         )
     _check_shape(estimator, n, like.shape[1], reset, min_rows)
     if weight is not None and weight.shape != (n,):
         raise ValueError(f"sample_weight has shape {tuple(weight.shape)}; pass one weight for each of the {n} rows")
-    dtype = like.dtype
     total = n if weight is None else float(array_namespace(weight).sum(weight))
     middle = sum(totals[1:], totals[0]) / (total or 1)
-    return Stream(lambda: blocks.converted(dtype), (n, like.shape[1]), like, middle, weight)
+    seen %= 2**64
+
+    def read() -> Iterator[Array]:
+        return blocks.ahead(_again(blocks, like, n, weight, seen))
+
+    return Stream(read, (n, like.shape[1]), like, middle, lambda: seen, weight)
+
+
+def _again(blocks: Blocks, like: Array, n: int, weight: Array | None, seen: int) -> Iterator[Array]:
+    """The blocks in a later pass; raises where they do not have the n rows, of this fingerprint, of the first one."""
+    start, found = 0, 0
+    for number, block in enumerate(blocks.raw()):
+        x = _as_first(_validate_array(block), like, number, start)
+        part = slice(start, start + x.shape[0])
+        start = part.stop
+        if start > n:
+            break
+        found += fingerprint(x, None if weight is None else weight[part])
+        yield x
+    same = "the same rows" if weight is None else "the same rows in the same order, which sample_weight goes by,"
+    remedy = f"pass an object that gives {same} each time it is iterated over"
+    if start != n:
+        raise ValueError(f"the data gave {n} rows in the first pass and {start} in a later one; {remedy}")
+    if found % 2**64 != seen:
+        raise ValueError(
+            f"the data gave other rows in a later pass than in the first one; {remedy}: without random augmentation "
+            "and sampling, and not while it is written"
+        )
+
+
+def _as_first(x: Array, like: Array, number: int, start: int) -> Array:
+    """A block in the dtype of the first one, which it has to be like."""
+    if type(x) is not type(like) or x.shape[1] != like.shape[1]:
+        raise ValueError(
+            f"block {number} (after row {start}) is a {type(x).__name__} with {x.shape[1]} features, the first one a "
+            f"{type(like).__name__} with {like.shape[1]}; all blocks need the same"
+        )
+    with np.errstate(over="ignore"):  # what a narrower dtype has no room for is not finite there
+        return array_namespace(x).astype(x, like.dtype, copy=False)
+
+
+def _refuse_one_pass(source: Any) -> None:
+    """Raise ValueError for what can be gone through only once."""
+    if isinstance(source, Iterator) and iter(source) is source:
+        raise ValueError(
+            f"X is a {type(source).__name__}, an iterator, which can be gone through only once; pass an object whose "
+            "__iter__ begins anew each time, or an array: numpy.concatenate(list(X))"
+        )
+
+
+def _refuse_random_order(loader: Any) -> None:
+    """Raise ValueError for a torch DataLoader in whose order no weights can be given."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(loader, torch.utils.data.DataLoader):
+        return
+    data = torch.utils.data
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
+        if isinstance(sampler, (data.RandomSampler, data.SubsetRandomSampler, data.WeightedRandomSampler)) or (
+            isinstance(sampler, data.DistributedSampler) and sampler.shuffle
+        ):
+            raise ValueError(
+                f"the DataLoader draws its rows by a {type(sampler).__name__}, and sample_weight has weights for rows "
+                "in a fixed order; pass a loader with shuffle=False"
+            )
 
 
 def _refuse_dask(X: Any) -> None:
