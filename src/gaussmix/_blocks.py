@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-from array_api_compat import is_array_api_obj, is_torch_array
+from array_api_compat import is_array_api_obj
 from numpy.lib.array_utils import byte_bounds
 from scipy.sparse import issparse
 
-from gaussmix._arrays import array_namespace
+from gaussmix._arrays import array_namespace, plain
 from gaussmix._data import slices
 from gaussmix._typing import Array, DType
 
@@ -44,7 +44,7 @@ class Blocks:
                     f"the data gives blocks of type {type(item).__name__}; pass an object that gives 2-d arrays, or "
                     "tuples that begin with one"
                 )
-            yield block.detach() if is_torch_array(block) else block
+            yield plain(block)
 
     def converted(self, dtype: DType) -> Iterator[Array]:
         """The blocks in this dtype."""
@@ -115,6 +115,6 @@ def readable(X: Any, batch_size: int | None, num_workers: int) -> Any:
         # What has no rows or other dimensions than two is refused as any array of its shape is, unread.
         return Blocks(Slices(X, batch_size)) if X.ndim == 2 and X.shape[0] else np.broadcast_to(0.0, X.shape)
     is_whole = is_array or issparse(X) or any(hasattr(X, name) for name in WHOLE)
-    if is_whole or isinstance(X, (list, tuple, str, bytes, dict, set)) or not hasattr(X, "__iter__"):
+    if is_whole or isinstance(X, (list, tuple, str, bytes, dict, set, type)) or not hasattr(X, "__iter__"):
         return X
     return Blocks(X)
