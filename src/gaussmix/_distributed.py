@@ -229,6 +229,10 @@ class Share:
         """How many rows of positive weight the processes before this one have."""
         return sum(self.counts[: self.group.rank])
 
+    def fingerprint(self) -> int:
+        """What `fingerprint` makes of the rows and weights of all processes."""
+        return sum(self.group.each(self.rows.fingerprint())) % 2**64
+
     def mean(self, size: int) -> Array:
         """Weighted mean of the rows: (d,), in the working dtype."""
         return self.middle
@@ -262,9 +266,9 @@ class Engine(Summed):
         # Another one would leave a form of the E-step in another iteration.
         rows.group.compare({"the implementation": self.backend.partition(":")[0]})
 
-    def assign(self, means: Array) -> SufficientStatistics:
-        """Statistics of the rows that are nearest to each of `means` (k, d)."""
-        return self._sum(lambda: self._share.assign(means), means)
+    def assign(self, means: Array, origin: Array) -> SufficientStatistics:
+        """Statistics about `origin` (k, d) of the rows that are nearest to each of `means` (k, d)."""
+        return self._sum(lambda: self._share.assign(means, origin), origin)
 
     def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:
         """Statistics for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""

@@ -1,7 +1,6 @@
 """GaussianMixture with PyCave's signature."""
 
 import os
-import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,9 +9,10 @@ from typing import Any, Self
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.validation import check_is_fitted
 
 from gaussmix import _interop
-from gaussmix._arrays import to_numpy
+from gaussmix._arrays import asarray_like, to_numpy
 from gaussmix._checkpoint import opened, run
 from gaussmix._covariance import COVARIANCES
 from gaussmix._data import Described, Rows, Stream
@@ -20,7 +20,15 @@ from gaussmix._dispatch import engine, shareable
 from gaussmix._distributed import Group, Share, launch, share_of
 from gaussmix._em import Callback, EMResult, progress_bar
 from gaussmix._engine import Fitting
-from gaussmix._estimator import Mixture, Trained, averaged, by_block, in_group, takes_data
+from gaussmix._estimator import (
+    Mixture,
+    Trained,
+    averaged,
+    by_block,
+    in_group,
+    takes_data,
+    whole_or_not_at_all,
+)
 from gaussmix._initialization import initialize
 from gaussmix._parameters import Parameters
 from gaussmix._trainer import Settings
@@ -35,6 +43,7 @@ from gaussmix._validation import (
     validate_array,
     validate_rows,
 )
+from gaussmix._warnings import warn_user
 
 INIT_STRATEGIES = ("kmeans", "kmeans++", "random", "random_from_data")
 
@@ -94,7 +103,11 @@ class GaussianMixture(Mixture, Trained):
     means_ : array of shape (k, d)
     covariances_, precisions_cholesky_ : array
         Shape (k, d, d) for "full", (d, d) for "tied", (k, d) for "diag", (k,) for "spherical". U is upper triangular
-        with U U^T = Sigma^-1. Like all arrays here in the library, on the device and in the dtype of the data.
+        with U U^T = Sigma^-1. Like all arrays here in the library, on the device and in the dtype of the data; where
+        float32 has no room for what the factor says of the covariances (two features that nearly agree), they are in
+        float64.
+    covariance_type_ : str
+        The covariance type of what was fitted.
     model_ : gaussmix.GaussianMixtureModel
         A torch module with the same memory, as `component_probs`, `means`, `precisions_cholesky`, and `covariances`.
         Without torch, an object with these attributes.
@@ -105,7 +118,7 @@ class GaussianMixture(Mixture, Trained):
     nll_ : float
         Mean negative log-likelihood of a row in the last E-step.
     lower_bounds_ : list of float
-        Mean log-likelihood of a row at each iteration's E-step.
+        Mean log-likelihood of a row at each iteration's E-step; that of the last step after `partial_fit`.
     n_steps_ : int
         Number of steps that `partial_fit` took since the last `fit`.
     backend_ : str
@@ -162,6 +175,7 @@ class GaussianMixture(Mixture, Trained):
         self.random_state = random_state
 
     @takes_data
+    @whole_or_not_at_all
     @in_group
     def fit(
         self,
@@ -256,11 +270,10 @@ class GaussianMixture(Mixture, Trained):
                 settings.fabric, partial(run.shared, self._told(), shareable(rows), random_state)
             )
         if settings.max_epochs and not result.converged:
-            warnings.warn(
+            warn_user(
                 f"EM did not converge within {settings.max_epochs} iterations; increase trainer_params['max_epochs'] "
                 f"or convergence_tolerance (now {self.convergence_tolerance:g})",
                 ConvergenceWarning,
-                stacklevel=4,
             )
         self._set_parameters(result.parameters, Rows(settings.rounded(rows.like[:0, :])))
         self._set_progress(result.lower_bounds, result.converged)
@@ -326,7 +339,9 @@ class GaussianMixture(Mixture, Trained):
             Grouped by component; in the library, on the device and in the dtype of the fitted arrays. An integer
             `random_state` draws the same rows at each call.
         """
-        return self._draw(num_datapoints)
+        check_is_fitted(self, "means_")
+        check_integer("the number of rows to sample", num_datapoints, 1)
+        return asarray_like(self._draw(num_datapoints)[0], self.means_)
 
     def to_sklearn(self) -> Any:
         """The same mixture as a `sklearn.mixture.GaussianMixture`, whose `score` is the negative of ours.
@@ -350,6 +365,8 @@ class GaussianMixture(Mixture, Trained):
         >>> abs(mixture.to_sklearn().score([[5.0]]) + mixture.score([[5.0]])) < 1e-9
         True
         """
+        check_is_fitted(self, "means_")
+        self._check_unchanged("to_sklearn")
         params = {
             "n_components": self.num_components,
             "covariance_type": self.covariance_type,
@@ -422,7 +439,7 @@ class GaussianMixture(Mixture, Trained):
             return MixtureModel(self.weights_, self.means_, self.precisions_cholesky_, self.covariances_)
         from gaussmix.torch import GaussianMixtureModel
 
-        return GaussianMixtureModel.of(self.weights_, self.means_, self.precisions_cholesky_, self.covariance_type)
+        return GaussianMixtureModel.of(self.weights_, self.means_, self.precisions_cholesky_, self._covariance.name)
 
     def _device(self) -> str | None:
         # What is wrong with the settings is said once all processes can hear it.

@@ -311,15 +311,15 @@ class Engine(_Threaded):
         other._keeps = False  # a block is not seen again
         return other
 
-    def assign(self, means: Array) -> SufficientStatistics:
-        """Statistics of the rows that are nearest to each of `means` (k, d)."""
+    def assign(self, means: Array, origin: Array) -> SufficientStatistics:
+        """Statistics about `origin` (k, d) of the rows that are nearest to each of `means` (k, d)."""
         labels = np.empty(self.rows.shape[0], dtype=np.min_scalar_type(-len(means)))
 
         def statistics(slab: slice) -> SufficientStatistics:
             for block, _, nearest in self._nearest(slab, means, means.mean(axis=0)):
                 labels[block] = nearest
             rows = np.asarray(self.rows.array[slab])
-            return _pruning.assign(rows, self._weight(slab), labels[slab], means, self.covariance)
+            return _pruning.assign(rows, self._weight(slab), labels[slab], origin, self.covariance)
 
         total = _total(self._run(statistics, len(means)))
         self.hints = labels
