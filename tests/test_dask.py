@@ -335,6 +335,59 @@ def test_a_block_that_is_not_what_the_array_says():
         GaussianMixture(2).fit(X)
 
 
+def changing(x, chunks, since, change):
+    """x in chunks, of which the second is `change(rows)` from the `since`-th time on that it is read."""
+    read, lock = [], threading.Lock()
+
+    def look(block, block_id=None):
+        with lock:
+            read.append(block_id[0])
+            times = read.count(1)
+        return change(block) if block_id[0] == 1 and times >= since else block
+
+    return da.from_array(x, chunks=chunks).map_blocks(look, dtype=x.dtype, meta=x[:0])
+
+
+CHANGES = {
+    "new rows": (lambda block: np.random.normal(size=block.shape), "has other rows"),
+    "signs": (np.negative, "has other rows"),
+    "NaN": (lambda block: np.full_like(block, np.nan), "has other rows"),
+    "fewer rows": (lambda block: block[:-1], r"has shape \(29, 3\) in a later pass, and had \(30, 3\) in the first"),
+    "a column less": (lambda block: block[:, :2], r"has shape \(30, 2\) in a later pass, and had \(30, 3\) in"),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("since", [2, 3, 4])
+def test_a_block_that_differs_between_passes(how, since):
+    x = blobs(n=100)
+    change, message = CHANGES[how]
+    for estimator in (GaussianMixture(3, random_state=0), SklearnMixture(3, random_state=0), KMeans(3, random_state=0)):
+        for weight in (None, np.arange(100.0)):
+            with pytest.raises(ValueError, match=rf"block 1 of the Dask array {message}.*; pass .*X.persist"):
+                estimator.fit(changing(x, (30, -1), since, change), sample_weight=weight)
+        assert not {"means_", "centroids_"} & vars(estimator).keys()
+
+
+def test_weights_that_differ_between_passes():
+    x = blobs(n=100)
+    weight = changing(np.ones((100, 1)), (30, -1), 2, lambda block: np.random.uniform(size=block.shape))[:, 0]
+    with pytest.raises(ValueError, match="block 1 of the Dask array has other rows or weights"):
+        GaussianMixture(3, random_state=0).fit(da.from_array(x, chunks=(30, -1)), sample_weight=weight)
+
+
+def test_a_block_of_another_width_is_named():
+    x = blobs(n=90)
+    X = changing(x, (30, -1), 1, lambda block: block[:, :2])
+    for estimator in (GaussianMixture(2), KMeans(2)):
+        with pytest.raises(ValueError, match="the block after row 30 has 2 features, and 3 as the Dask array has it"):
+            estimator.fit(X)
+        with pytest.raises(
+            ValueError, match="block 1, which begins after row 30: X has 2 features, but .* expecting 3"
+        ):
+            estimator.clone().fit(x).predict(X).compute()
+
+
 def test_other_collections_are_not_computed_in_secret():
     lazy = dask.delayed(np.ones((5, 2)))
     for method in (GaussianMixture(1).fit, GaussianMixture(1).fit(np.ones((5, 2))).predict):

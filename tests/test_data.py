@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cases import PARAMETER_TOLERANCE, assert_close, blobs
-from gaussmix import GaussianMixture, KMeans
+from gaussmix import GaussianMixture, KMeans, _data
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
-from gaussmix._data import Rows, slices
+from gaussmix._data import Rows, fingerprint, slices
 
 pytestmark = pytest.mark.usefixtures("unconverged")
 
@@ -67,6 +67,63 @@ def test_a_memory_map_is_read_block_by_block(tmp_path, covariance, dtype, mode):
     assert type(found.means_) is np.ndarray
     assert np.array_equal(found.predict(mapped), expected.predict(x))
     assert found.predict_proba(mapped).dtype == (np.float32 if dtype == "float32" else np.float64)
+
+
+# The fingerprint
+
+
+@given(st.integers(1, 7), st.integers(0, 40), st.booleans(), st.data())
+def test_a_fingerprint_knows_neither_library_nor_order_nor_blocks(library, dtype, d, n, is_weighted, data):
+    x = blobs(n=n, d=d, k=2).astype(dtype)
+    weight = np.random.RandomState(0).uniform(size=n) if is_weighted else None
+    expected = fingerprint(x, weight)
+    assert 0 <= expected < 2**64
+    order = data.draw(st.permutations(range(n)))
+    cut = data.draw(st.integers(0, n))
+    parts = 0
+    for rows in (order[:cut], order[cut:]):
+        own = None if weight is None else library.asarray(weight[rows])
+        parts += fingerprint(library.asarray(x[rows].reshape(-1, d)), own)
+    assert parts % 2**64 == expected
+    assert fingerprint(np.asfortranarray(x), weight) == fingerprint(np.repeat(x, 2, axis=1)[:, ::2], weight) == expected
+
+
+def test_a_fingerprint_of_many_blocks(dtype, monkeypatch):
+    x, weight = blobs(n=100).astype(dtype), np.arange(100.0)
+    expected = fingerprint(x), fingerprint(x, weight)
+    monkeypatch.setattr(_data, "PRINTED_ELEMENTS", 17)
+    assert (fingerprint(x), fingerprint(x, weight)) == expected
+
+
+def test_a_fingerprint_on_a_gpu_is_that_of_the_host(dtype, monkeypatch):
+    """With tensors in host memory taken for those of a GPU."""
+    torch = pytest.importorskip("torch")
+    x, weight = blobs(n=300, d=5).astype(dtype), np.arange(300.0)
+    tensor = torch.as_tensor(x)
+    monkeypatch.setattr(_data, "is_cupy_array", torch.is_tensor)
+    monkeypatch.setattr(_data, "to_numpy", lambda value: np.asarray(value))
+    for own in (None, weight):
+        assert _data.fingerprint(tensor, None if own is None else torch.as_tensor(own)) == fingerprint(x, own)
+
+
+@pytest.mark.parametrize("is_round", [False, True])
+def test_what_changes_a_fingerprint(dtype, is_round):
+    rng = np.random.RandomState(0)
+    x = rng.normal(size=(200, 4)).astype(dtype)
+    x = np.round(8 * x) if is_round else x
+    weight = 1.0 + rng.randint(3, size=200)
+    one, sign = x.copy(), x.copy()
+    one[17, 2] += 1
+    sign[::2] *= -1
+    others = [one, sign, -x, x[:, ::-1], x[::-1, :1] + x, np.concatenate([x[:, :2], x[::-1, 2:]], axis=1), x[:-1]]
+    others += [x * np.array([-1, 1, -1, 1]), np.concatenate([x[:1], x[:-1]]), x * 2]
+    seen = [fingerprint(x), *map(fingerprint, others), fingerprint(x, weight), fingerprint(x[::-1], weight)]
+    seen += [
+        fingerprint(x, 2 * weight),
+        fingerprint(x, np.ones(200)),
+        fingerprint(x.astype("f4" if dtype == "float64" else "f8")),
+    ]
+    assert len(set(seen)) == len(seen)
 
 
 def test_blocks_leave_out_rows_of_weight_zero():

@@ -396,23 +396,42 @@ class Growing(Blocks):
         return iter(self.blocks[: self.given])
 
 
+class Passes:
+    """Gives these blocks in the first pass, the next ones in the second, ..., and the last ones ever after."""
+
+    def __init__(self, *passes):
+        self.passes, self.given = passes, 0
+
+    def __iter__(self):
+        self.given += 1
+        return iter(self.passes[min(self.given, len(self.passes)) - 1])
+
+
+OTHER_ROWS = r"gave other rows in a later pass than in the first one; pass an object that gives the same rows"
+
+
 REFUSED = {
-    "a generator": (
-        lambda: (x for x in np.split(X, 4)),
-        ValueError,
-        r"120 rows in the first pass and 0 in a later one",
-    ),
-    "an exhausted iterator": (
-        lambda: iter([]),
-        ValueError,
-        r"gave no blocks.*an iterator can be gone through only once",
-    ),
+    "a generator": (lambda: (x for x in np.split(X, 4)), ValueError, r"X is a generator.*only once; pass an object"),
+    "an exhausted iterator": (lambda: iter([]), ValueError, r"X is a list_iterator.*only once; pass an object"),
+    "a map": (lambda: map(np.asarray, np.split(X, 4)), ValueError, r"X is a map.*only once; pass an object"),
     "no blocks": (lambda: Blocks([]), ValueError, r"the data gave no blocks"),
     "no rows": (lambda: Blocks([X[:0]]), ValueError, r"Found array with 0 sample\(s\)"),
     "no features": (lambda: Blocks([X[:, :0], X[:, :0]]), ValueError, r"Found array with 0 feature\(s\)"),
     "fewer later": (lambda: Shrinking(np.split(X, 4)), ValueError, r"90 rows in the first pass and 60 in a later one"),
     "more later": (lambda: Growing([X, X]), ValueError, r"120 rows in the first pass and 240 in a later one"),
     "widths": (lambda: Blocks([X, X[:, :1]]), ValueError, r"block 1 \(after row 120\) is a ndarray with 1 features"),
+    "widths later": (
+        lambda: Passes([X, X], [X, X[:, :1]]),
+        ValueError,
+        r"block 1 \(after row 120\) is a ndarray with 1 features, the first one a ndarray with 2",
+    ),
+    "one dimension later": (lambda: Passes([X, X], [X, X[:, 0]]), ValueError, r"Expected 2D array, got 1D array"),
+    "NaN later": (lambda: Passes([X], [np.where(X[57, 1] == X, np.nan, X)]), ValueError, OTHER_ROWS),
+    "infinity later": (
+        lambda: Passes([X.astype(np.float32)], [np.where(X[57, 1] == X, 1e200, X)]),
+        ValueError,
+        OTHER_ROWS,
+    ),
     "objects": (lambda: Blocks([X.astype(object)]), ValueError, r"X has dtype object"),
     "strings": (lambda: Blocks([X.astype(str)]), ValueError, r"X has dtype <U\d+"),
     "text": (lambda: Blocks(["1 2", "3 4"]), TypeError, r"gives blocks of type str"),
@@ -475,8 +494,148 @@ def test_predictions_that_are_refused(estimator):
     estimator = estimator.clone().fit(X)
     with pytest.raises(ValueError, match="X has 1 features, but .* is expecting 2 features"):
         estimator.predict(in_blocks(X[:, :1]))
-    with pytest.raises(ValueError, match="120 rows in the first pass and 0 in a later one"):
+    with pytest.raises(ValueError, match="an iterator, which can be gone through only once"):
         estimator.predict(iter(np.split(X, 4)))
+
+
+# Rows that differ between passes
+
+
+def changed(x, how, seed):
+    """The rows x (n, d) as another pass might give them."""
+    rng = np.random.RandomState(seed)
+    if how == "new rows":
+        return rng.normal(size=x.shape)
+    if how == "noise":
+        return x + 1e-9 * rng.normal(size=x.shape)
+    if how == "signs":  # of whole rows: of each, an even number of values changes
+        return x * rng.choice([-1.0, 1.0], size=(len(x), 1))
+    if how == "a bootstrap":
+        return x[rng.randint(len(x), size=len(x))]
+    if how == "columns":  # each in an order of its own
+        return np.stack([rng.permutation(column) for column in x.T], axis=1)
+    if how == "mirrored":
+        return x[:, ::-1]
+    x = x.copy()
+    x[rng.randint(len(x)), 1] = rng.normal() if how == "a value" else np.nan
+    return x
+
+
+CHANGES = ("new rows", "noise", "signs", "a bootstrap", "columns", "mirrored", "a value", "NaN")
+
+
+class Changing:
+    """The rows x in every pass but those from the `since`-th on, each of which changes them anew."""
+
+    def __init__(self, x, how, since, library):
+        self.x, self.how, self.since, self.library, self.given = x, how, since, library, 0
+
+    def __iter__(self):
+        self.given += 1
+        x = self.x if self.given < self.since else changed(self.x, self.how, self.given).astype(self.x.dtype)
+        return iter(in_blocks(x, (40, 80), self.library))
+
+
+@pytest.mark.parametrize("cls", [GaussianMixture, SklearnMixture, KMeans])
+@pytest.mark.parametrize("how", CHANGES)
+def test_rows_that_differ_between_passes(library, cls, how):
+    estimator = cls(3, random_state=0)
+    for since in (2, 3, 5):
+        with pytest.raises(ValueError, match=OTHER_ROWS):
+            estimator.fit(Changing(X, how, since, library), sample_weight=None if since < 5 else np.arange(120.0))
+    assert not {"means_", "centroids_", "converged_"} & vars(estimator).keys()
+    estimator.fit(library.asarray(X))
+    for method in ("predict", "score_samples", "score", "transform" if cls is KMeans else "predict_proba"):
+        with pytest.raises(ValueError, match=OTHER_ROWS):
+            getattr(estimator, method)(Changing(X, how, 2, library))
+
+
+def test_steps_on_rows_that_differ_between_passes():
+    mixture = GaussianMixture(3, random_state=0).partial_fit(X)
+    before = mixture.means_
+    with pytest.raises(ValueError, match=OTHER_ROWS):
+        mixture.partial_fit(Changing(X, "new rows", 2, None))
+    assert mixture.means_ is before
+    assert mixture.n_steps_ == 1
+
+
+class Shuffled:
+    """The rows in another order and in other blocks in each pass."""
+
+    def __init__(self, x, library):
+        self.x, self.library, self.rng, self.given = x, library, np.random.RandomState(0), 0
+
+    def __iter__(self):
+        self.given += 1
+        cuts = self.rng.randint(len(self.x), size=self.given)
+        return iter(in_blocks(self.rng.permutation(self.x), cuts, self.library))
+
+
+@pytest.mark.parametrize("spread", [3, 60])  # without and with pruning, which knows blocks by their numbers
+def test_neither_order_nor_blocks_need_be_the_same(library, covariance, dtype, spread):
+    x = blobs(n=400, d=3, k=8, seed=5, spread=spread).astype(dtype)
+    params = dict(k=8, covariance_type=covariance.name, init_means=x[:8], covariance_regularization=1e-3)
+    found, expected = fitted(Shuffled(x, library), **params), fitted(library.asarray(x), **params)
+    assert_same_fit(found, expected, PARAMETER_TOLERANCE[dtype])
+
+
+class Recut(Shuffled):
+    """The rows in order, in other blocks in each pass."""
+
+    def __iter__(self):
+        self.given += 1
+        return iter(in_blocks(self.x, self.rng.randint(len(self.x), size=self.given), self.library))
+
+
+@pytest.mark.parametrize("cls", [GaussianMixture, SklearnMixture, KMeans])
+def test_weights_need_the_same_order_but_not_the_same_blocks(library, cls):
+    weight = np.random.RandomState(0).uniform(0.5, 2, size=len(X)) * (np.arange(len(X)) % 5 > 0)
+    found, expected = (
+        cls(3, random_state=0).fit(data, sample_weight=weight) for data in (Recut(X, library), library.asarray(X))
+    )
+    name = "centroids_" if cls is KMeans else "means_"
+    assert_close(to_numpy(getattr(found, name)), to_numpy(getattr(expected, name)), 1e-9)
+    with pytest.raises(
+        ValueError, match=r"other rows in a later.*the same rows in the same order, which sample_weight"
+    ):
+        cls(3, random_state=0).fit(Shuffled(X, library), sample_weight=weight)
+
+
+@pytest.mark.parametrize("cls", [GaussianMixture, SklearnMixture, KMeans])
+def test_a_loader_in_random_order_takes_no_weights(cls):
+    torch = pytest.importorskip("torch")
+    from torch.utils import data
+
+    rows = data.TensorDataset(torch.as_tensor(X))
+    n, sampled = len(rows), data.BatchSampler
+    distributed = data.DistributedSampler(rows, num_replicas=1, rank=0)
+    samplers = (data.RandomSampler(rows), data.SubsetRandomSampler(range(n)), data.WeightedRandomSampler([1.0] * n, n))
+    loaders = [data.DataLoader(rows, batch_size=50, shuffle=True)]
+    for sampler in (*samplers, distributed):
+        loaders += [data.DataLoader(rows, batch_size=50, sampler=sampler)]
+        loaders += [data.DataLoader(rows, batch_sampler=sampled(sampler, 50, False))]
+    for loader in loaders:
+        drawn = []
+        loader.collate_fn = drawn.append
+        with pytest.raises(ValueError, match=r"draws its rows by a \w+Sampler, and sample_weight .* shuffle=False"):
+            cls(3, random_state=0).fit(loader, sample_weight=np.ones(n))
+        assert not drawn
+    in_order = data.DistributedSampler(rows, num_replicas=1, rank=0, shuffle=False)
+    for loader in (data.DataLoader(rows, batch_size=50), data.DataLoader(rows, batch_size=50, sampler=in_order)):
+        cls(3, random_state=0).fit(loader, sample_weight=np.arange(n))
+
+
+def test_a_loader_in_random_order_gives_the_fit_of_its_rows():
+    torch = pytest.importorskip("torch")
+    from torch.utils import data
+
+    x = torch.as_tensor(X)
+    params = dict(init_means=X[:3])
+    loader = data.DataLoader(data.TensorDataset(x), batch_size=50, shuffle=True)
+    assert_same_fit(fitted(loader, **params), fitted(x, **params), 1e-10)
+    sampler = data.RandomSampler(x, replacement=True)
+    with pytest.raises(ValueError, match=f"{OTHER_ROWS}.*without random augmentation and sampling"):
+        fitted(data.DataLoader(data.TensorDataset(x), batch_size=50, sampler=sampler), **params)
 
 
 def test_blocks_take_the_dtype_of_the_first(library):

@@ -5,16 +5,17 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
-from array_api_compat import is_array_api_obj, is_torch_array
+from array_api_compat import is_array_api_obj
 from numpy.lib.array_utils import byte_bounds
 from scipy.sparse import issparse
 
-from gaussmix._arrays import array_namespace
+from gaussmix._arrays import plain
 from gaussmix._data import slices
-from gaussmix._typing import Array, DType
+from gaussmix._typing import Array
 
 T = TypeVar("T")
 
@@ -44,17 +45,16 @@ class Blocks:
                     f"the data gives blocks of type {type(item).__name__}; pass an object that gives 2-d arrays, or "
                     "tuples that begin with one"
                 )
-            yield block.detach() if is_torch_array(block) else block
+            yield plain(block)
 
-    def converted(self, dtype: DType) -> Iterator[Array]:
-        """The blocks in this dtype."""
-        for block in self.raw():
-            yield array_namespace(block).astype(block, dtype, copy=False)
+    def ahead(self, blocks: Iterator[T]) -> Iterator[T]:
+        """What is made of the blocks: by another thread, and a block ahead, where they lie in a file."""
+        return read_ahead(blocks) if isinstance(self.source, Slices) else blocks
 
 
 @dataclass(frozen=True)
 class Slices:
-    """Rows of what lies in a file and is sliced: numpy.memmap, h5py.Dataset, zarr.Array; the next block is read ahead.
+    """Rows of what lies in a file and is sliced: numpy.memmap, h5py.Dataset, zarr.Array.
 
     The size of a block is a function of the shape of the data and of `batch_size` alone.
     """
@@ -63,7 +63,7 @@ class Slices:
     batch_size: int | None
 
     def __iter__(self) -> Iterator[Array]:
-        return read_ahead(_read(self.source, rows) for rows in slices(self.source.shape[0], self._size))
+        return (_read(self.source, rows) for rows in slices(self.source.shape[0], self._size))
 
     @property
     def _size(self) -> int:
@@ -97,10 +97,17 @@ def _give_back(block: Array) -> None:
 def read_ahead(blocks: Iterator[T]) -> Iterator[T]:
     """The blocks, of which another thread reads the next one while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, blocks, None)
-        while (block := coming.result()) is not None:
-            coming = pool.submit(next, blocks, None)
-            yield block
+        before: list[T] = []
+        while True:
+            try:
+                coming = pool.submit(next, blocks, None)
+            except RuntimeError:  # no more threads: the interpreter shuts down, or the system has none left
+                yield from chain(before, blocks)
+                return
+            yield from before
+            if (block := coming.result()) is None:
+                return
+            before = [block]
 
 
 def readable(X: Any, batch_size: int | None, num_workers: int) -> Any:
@@ -115,6 +122,6 @@ def readable(X: Any, batch_size: int | None, num_workers: int) -> Any:
         # What has no rows or other dimensions than two is refused as any array of its shape is, unread.
         return Blocks(Slices(X, batch_size)) if X.ndim == 2 and X.shape[0] else np.broadcast_to(0.0, X.shape)
     is_whole = is_array or issparse(X) or any(hasattr(X, name) for name in WHOLE)
-    if is_whole or isinstance(X, (list, tuple, str, bytes, dict, set)) or not hasattr(X, "__iter__"):
+    if is_whole or isinstance(X, (list, tuple, str, bytes, dict, set, type)) or not hasattr(X, "__iter__"):
         return X
     return Blocks(X)

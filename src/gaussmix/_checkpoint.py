@@ -136,7 +136,7 @@ def opened(
         return checkpoint, None
     if group is None:
         return checkpoint, checkpoint.load()
-    return checkpoint, group.from_first(group.all_or_none(lambda: checkpoint.load() if group.rank == 0 else None))
+    return checkpoint, group.from_first(checkpoint.load() if group.rank == 0 else None)
 
 
 def run(

@@ -23,7 +23,7 @@ from sklearn.utils.random import sample_without_replacement
 
 from gaussmix import _engine
 from gaussmix._arrays import array_namespace, asarray_like, device, to_numpy, working_dtype
-from gaussmix._data import Mapping, Rows, Stream, slices
+from gaussmix._data import Mapping, Rows, Stream, fingerprint, slices
 from gaussmix._engine import BlockEngine, Summed
 from gaussmix._numpy import on_one_thread
 from gaussmix._parameters import Parameters, SufficientStatistics
@@ -48,6 +48,7 @@ class _Call:
     args: tuple[Any, ...]
     moves: tuple[Callable[[Array], Array], ...] = ()
     each: Sequence[Any] | None = None
+    seen: Sequence[tuple[tuple[int, int], int]] | None = None  # shape and fingerprint of each block in the first pass
 
     @property
     def name(self) -> str:
@@ -55,13 +56,29 @@ class _Call:
         return f"gaussmix{self.function.__name__}"
 
     def __call__(self, x: Array, weight: Array | None, block: int) -> Any:
+        if weight is not None:
+            weight = asarray_like(weight[:, 0], x, working_dtype(x))
+        if self.seen is not None:
+            _check_same(x, weight, block, *self.seen[block])
         for move in self.moves:
             x = move(x)
         own = () if self.each is None else (self.each[block],)
         if weight is not None:
-            weight = asarray_like(weight[:, 0], x, working_dtype(x))
+            weight = asarray_like(weight, x, working_dtype(x))
         with on_one_thread():
             return self.function(x, weight, *self.args, *own)
+
+
+def _check_same(x: Array, weight: Array | None, block: int, shape: tuple[int, int], seen: int) -> None:
+    if tuple(x.shape) != shape:
+        how = f"has shape {tuple(x.shape)} in a later pass, and had {shape} in the first one"
+    elif fingerprint(x, weight) != seen:
+        how = f"has other rows{'' if weight is None else ' or weights'} in a later pass than in the first one"
+    else:
+        return
+    raise ValueError(
+        f"block {block} of the Dask array {how}; pass an array that is computed to the same each time, or X.persist()"
+    )
 
 
 def _run(x: Array, weight: Array | None, call: _Call, block_id: tuple[int, int]) -> Any:
@@ -118,6 +135,7 @@ class DaskRows(Stream):
 
     array: Any  # (n, d)
     counts: Array  # rows of positive weight of each block, on the host
+    seen: tuple[tuple[tuple[int, int], int], ...]  # shape and fingerprint of each block
     moves: tuple[Callable[[Array], Array], ...] = ()  # what takes a block to where it is computed
 
     @property
@@ -177,7 +195,7 @@ class DaskRows(Stream):
         self, chosen: Array, function: Callable[..., Any], args: tuple[Any, ...], each: Sequence[Any] | None
     ) -> list[Any]:
         """One task for each of the chosen blocks."""
-        tasks = _tasks(self.array, self.sample_weight, _Call(function, args, self.moves, each))
+        tasks = _tasks(self.array, self.sample_weight, _Call(function, args, self.moves, each, self.seen))
         # Those that nobody asks for are not run, nor are their blocks read.
         return [task for task, is_chosen in zip(_listed(tasks), chosen, strict=True) if is_chosen]
 
@@ -228,6 +246,7 @@ class _Seen:
 
     error: Exception | None
     counts: tuple[int, ...]
+    prints: tuple[int, ...]
     like: Array | None
     total: Array | None  # (d,): weighted sum of the rows
     weight: float
@@ -239,7 +258,8 @@ class _Seen:
         elif other.total is not None:
             total = total + other.total
         error = self.error or other.error
-        return _Seen(error, self.counts + other.counts, like, total, self.weight + other.weight)
+        counts, prints = self.counts + other.counts, self.prints + other.prints
+        return _Seen(error, counts, prints, like, total, self.weight + other.weight)
 
 
 def rows_of(X: Any, sample_weight: Any, check: Callable[[Array, Array | None, int], None]) -> DaskRows:
@@ -256,7 +276,8 @@ def rows_of(X: Any, sample_weight: Any, check: Callable[[Array, Array | None, in
         # Sent to the workers once, and not in each iteration.
         weight = da.from_array(weight, chunks=(sizes,)).persist()
     starts = np.cumsum([0, *sizes])[:-1].tolist()
-    call = _Call(_look, (check,), each=list(zip(starts, sizes, strict=True)))
+    d = X.shape[1]
+    call = _Call(_look, (check, d), each=list(zip(starts, sizes, strict=True)))
     seen = _sum(_listed(_tasks(X, weight, call)), _add, quiet=False)
     if seen.error is not None:
         raise seen.error
@@ -267,13 +288,15 @@ def rows_of(X: Any, sample_weight: Any, check: Callable[[Array, Array | None, in
         shape=X.shape,
         like=seen.like,
         middle=seen.total / seen.weight,
+        fingerprint=lambda: sum(seen.prints) % 2**64,
         sample_weight=weight,
         array=X,
         counts=np.asarray(seen.counts),
+        seen=tuple(((size, d), found) for size, found in zip(sizes, seen.prints, strict=True)),
     )
 
 
-def _look(x: Array, weight: Array | None, check: Callable[..., None], place: tuple[int, int]) -> _Seen:
+def _look(x: Array, weight: Array | None, check: Callable[..., None], d: int, place: tuple[int, int]) -> _Seen:
     start, size = place
     try:
         if x.shape[0] != size:
@@ -283,17 +306,23 @@ def _look(x: Array, weight: Array | None, check: Callable[..., None], place: tup
             )
         if size:
             check(x, weight, start)
+            if x.shape[1] != d:
+                raise ValueError(
+                    f"the block after row {start} has {x.shape[1]} features, and {d} as the Dask array has it; correct "
+                    "what makes it"
+                )
     except (ValueError, TypeError) as error:
         # Not raised here: of several it is that of the first row, whichever task ends first.
-        return _Seen(error, (0,), None, None, 0.0)
+        return _Seen(error, (0,), (0,), None, None, 0.0)
     if not size:
-        return _Seen(None, (0,), None, None, 0.0)
+        return _Seen(None, (0,), (0,), None, None, 0.0)
+    found = (fingerprint(x, weight),)
     xp = array_namespace(x)
     values = xp.astype(x, working_dtype(x), copy=False)
     if weight is None:
-        return _Seen(None, (size,), x[:1, :], xp.sum(values, axis=0), float(size))
+        return _Seen(None, (size,), found, x[:1, :], xp.sum(values, axis=0), float(size))
     count = int(xp.sum(xp.astype(weight > 0, xp.int64)))
-    return _Seen(None, (count,), x[:1, :], xp.sum(weight[:, None] * values, axis=0), float(xp.sum(weight)))
+    return _Seen(None, (count,), found, x[:1, :], xp.sum(weight[:, None] * values, axis=0), float(xp.sum(weight)))
 
 
 def _warn_of_small_blocks(X: Any) -> None:
@@ -319,9 +348,9 @@ class Engine(Summed):
         """The arithmetic of the E-step of the last block; before it, of the next."""
         return self._precision or self._on_block.precision
 
-    def assign(self, means: Array) -> SufficientStatistics:
-        """Statistics of the rows that are nearest to each of `means` (k, d)."""
-        return self._sum("assign", means, means)
+    def assign(self, means: Array, origin: Array) -> SufficientStatistics:
+        """Statistics about `origin` (k, d) of the rows that are nearest to each of `means` (k, d)."""
+        return self._sum("assign", origin, means, origin)
 
     def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:
         """Statistics for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
@@ -388,9 +417,9 @@ class Clusters:
     def squared_distances(self, centroids: Array) -> Any:
         """Squared distance of each row, of weight 0 or not, to the nearest centroid, as a Dask array: (n,)."""
         rows = self.rows
-        call = _Call(_squared_distances, (self._on_block, centroids), rows.moves)
+        call = _Call(_squared_distances, (self._on_block, centroids), rows.moves, seen=rows.seen)
         meta = self._on_block(Rows(rows.like)).squared_distances(centroids)[:0]
-        return _by_block(rows.array, call, meta)
+        return _by_block(rows.array, call, meta, rows.sample_weight)
 
     def sums(self, centroids: Array, origin: Array) -> tuple[Array, Array]:
         """Weight of the rows that are nearest to each centroid (k,), and the sums of their x - origin (k, d)."""
@@ -407,7 +436,9 @@ def _sums(
     return on_block(Rows(x, weight)).sums(centroids, origin)
 
 
-def _squared_distances(x: Array, weight: None, on_block: Callable[[Rows], _engine.Clusters], centroids: Array) -> Array:
+def _squared_distances(
+    x: Array, weight: Array | None, on_block: Callable[[Rows], _engine.Clusters], centroids: Array
+) -> Array:
     return on_block(Rows(x)).squared_distances(centroids) if x.shape[0] else centroids[:0, 0]
 
 
@@ -453,9 +484,16 @@ def _named(function: Callable[[Array], Any], x: Array, sizes: tuple[float, ...],
         raise ValueError(f"in {place}: {error}") from error
 
 
-def _by_block(X: Any, call: _Call, meta: Array) -> Any:
+def _by_block(X: Any, call: _Call, meta: Array, weight: Any = None) -> Any:
     """The call for each block of X as a Dask array of the shape of `meta`."""
     columns = {"drop_axis": 1} if meta.ndim == 1 else {"chunks": (X.chunks[0], (meta.shape[1],))}
     return da.map_blocks(
-        _run, X, None, call=delayed(call, traverse=False), dtype=meta.dtype, meta=meta, token=call.name, **columns
+        _run,
+        X,
+        None if weight is None else weight[:, None],
+        call=delayed(call, traverse=False),
+        dtype=meta.dtype,
+        meta=meta,
+        token=call.name,
+        **columns,
     )

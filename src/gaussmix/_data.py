@@ -2,21 +2,68 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Protocol
 
 import numpy as np
+from array_api_compat import is_cupy_array, is_torch_array
 from sklearn.utils.random import sample_without_replacement
 
-from gaussmix._arrays import array_namespace, asarray_like, device, to_numpy, working_dtype
+from gaussmix._arrays import array_namespace, asarray_like, device, floating_dtype, to_numpy, working_dtype
 from gaussmix._typing import Array, DType
 
 Mapping = Callable[[Callable[[Array], Array], Iterable[Array]], Iterable[Array]]
+
+# Elements of a block of the fingerprint: few enough to stay in a cache.
+PRINTED_ELEMENTS = 2**18
+# Odd factors that spread bits over a word of 64.
+SPREAD, MIX = -7046029254386353131, -4658895280553007687
 
 
 def slices(n: int, size: int) -> Iterator[slice]:
     """0 .. n in slices of `size`, the last one shorter."""
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
+
+
+def fingerprint(x: Array, weight: Array | None = None) -> int:
+    """A number, modulo 2^64, that the rows (n, d) and their weights (n,) make, in whatever order and library they are.
+
+    Those of blocks of rows add to that of all. It is for finding out that data is not the same: no protection against
+    somebody who wants two data sets to have the same.
+    """
+    x = array_namespace(x).astype(x, floating_dtype(x), copy=False)
+    is_on_gpu = is_cupy_array(x) or (is_torch_array(x) and x.device.type != "cpu")
+    x = x if is_on_gpu else to_numpy(x)
+    parts = slices(x.shape[0], max(1, PRINTED_ELEMENTS // max(1, x.shape[1])))
+    return sum(_fingerprint(x[part, :], None if weight is None else weight[part]) for part in parts) % 2**64
+
+
+def _fingerprint(x: Array, weight: Array | None) -> int:
+    xp = array_namespace(x)
+    bits = x.view(xp.int32 if x.dtype == xp.float32 else xp.int64)
+    factors = xp.asarray(_factors(x.shape[1]), device=device(x))
+    if isinstance(x, np.ndarray):  # at the speed of memory, and without an array of the size of x
+        sums = np.einsum("ij,j->i", bits, factors.astype(bits.dtype))
+    else:
+        sums = xp.sum(bits * xp.astype(factors, bits.dtype), axis=1, dtype=bits.dtype)
+    hashes = to_numpy(sums).astype(np.int64) * SPREAD
+    if weight is not None:
+        hashes += to_numpy(weight).astype(np.float64).view(np.int64) * MIX
+    hashes ^= hashes >> 32
+    hashes *= MIX
+    hashes ^= hashes >> 29
+    # A sum of products has of the highest bits, the signs, only whether their number is odd: some rows tell it all.
+    some = np.flatnonzero(hashes & 15 == 0)
+    signs = bits[xp.asarray(some, device=device(x)), :] < 0
+    hashes[some] += to_numpy(xp.sum(xp.where(signs, factors, 0), axis=1)) * SPREAD
+    return int(hashes.sum())
+
+
+@cache
+def _factors(d: int) -> Array:
+    """Odd numbers (d,), of which each column of rows is multiplied by one before they are added."""
+    return np.random.RandomState(0).randint(2**30, size=d, dtype=np.int64) * 2 + 1
 
 
 class Described(Protocol):
@@ -37,6 +84,9 @@ class Described(Protocol):
     @property
     def n_positive(self) -> int:
         """Number of rows of positive weight: those that count."""
+
+    def fingerprint(self) -> int:
+        """What `fingerprint` makes of all rows and weights, as they came."""
 
     def sample(self, size: int, random_state: np.random.RandomState) -> "Rows":
         """At most `size` rows of positive weight, without replacement, in float64 on the host."""
@@ -72,6 +122,10 @@ class Rows:
     def dtype(self) -> DType:
         """The dtype of the blocks."""
         return working_dtype(self.array)
+
+    def fingerprint(self) -> int:
+        """What `fingerprint` makes of all rows and weights."""
+        return fingerprint(self.array, self.sample_weight)
 
     def blocks(self, size: int) -> Iterator[tuple[Array, Array | None]]:
         """Blocks of at most `size` rows in the working dtype, in order, with their weights.
@@ -119,7 +173,7 @@ class Rows:
             return (self.array[block, :] for block in slices(self.shape[0], size))
 
         like = self.array[: min(size, self.shape[0]), :]
-        return Stream(read, self.shape, like, self.mean(size), self.sample_weight)
+        return Stream(read, self.shape, like, self.mean(size), self.fingerprint, self.sample_weight)
 
     def take(self, indices: Array) -> Array:
         """The rows of these increasing `indices`, in float64 on the host: (m, d)."""
@@ -153,13 +207,14 @@ class Rows:
 class Stream:
     """Rows that are never all in memory: `read` gives them anew in each pass, as blocks in one library.
 
-    Everything else is what the first pass found. The rows are finite, and as many in each pass.
+    Everything else is what the first pass found. The rows are finite and the same in each pass, or `read` raises.
     """
 
     read: Callable[[], Iterable[Array]]
     shape: tuple[int, int]
     like: Array  # some rows
     middle: Array  # (d,): weighted mean of the rows, in the working dtype
+    fingerprint: Callable[[], int]  # of all rows and weights, as they came
     sample_weight: Array | None = None  # (n,), in the working dtype
 
     @property
@@ -178,25 +233,18 @@ class Stream:
         for x in self.read():
             part = slice(n, n + x.shape[0])
             n = part.stop
-            if n > self.shape[0]:
-                break
             weight = None if self.sample_weight is None else self.sample_weight[part]
             if x.shape[0] and (weight is None or bool(array_namespace(weight).any(weight > 0))):
                 yield Rows(x, weight)
-        if n != self.shape[0]:
-            raise ValueError(
-                f"the data gave {self.shape[0]} rows in the first pass and {n} in a later one; pass an object that "
-                "gives the same rows each time it is iterated over"
-            )
 
     def mapped(self, function: Callable[[Array], Array], mapping: Mapping = map) -> "Stream":
         """`function` of each block: another library, device or dtype; `mapping` applies it to blocks as `map` does."""
         like = function(self.like)
-        moved = (
+        middle, weight = (
             None if value is None else asarray_like(value, like, working_dtype(like))
             for value in (self.middle, self.sample_weight)
         )
-        return Stream(lambda: mapping(function, self.read()), self.shape, like, *moved)
+        return Stream(lambda: mapping(function, self.read()), self.shape, like, middle, self.fingerprint, weight)
 
     def watched(self, watch: Callable[[int], None]) -> "Stream":
         """The same rows; `watch` sees how many a block has once it was worked on."""

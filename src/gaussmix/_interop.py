@@ -38,7 +38,8 @@ def to_sklearn(mixture: Any, params: dict[str, Any], fitted: dict[str, Any]) -> 
     converted = GaussianMixture(**deepcopy(on_host))
     arrays = {name: np.array(to_numpy(getattr(mixture, name))) for name in ARRAYS}
     vars(converted).update({"n_features_in_": arrays["means_"].shape[1]} | fitted | arrays)
-    converted.precisions_ = COVARIANCES[mixture.covariance_type].square(converted.precisions_cholesky_)
+    factors = converted.precisions_cholesky_.astype(converted.covariances_.dtype)
+    converted.precisions_ = COVARIANCES[converted.covariance_type].square(factors)
     return converted
 
 

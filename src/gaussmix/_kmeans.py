@@ -15,7 +15,7 @@ from gaussmix._dispatch import clusters, distances, shareable
 from gaussmix._distributed import Group, launch
 from gaussmix._em import progress_bar
 from gaussmix._engine import Clusters
-from gaussmix._estimator import Trained, averaged, by_block, takes_data
+from gaussmix._estimator import Trained, averaged, by_block, takes_data, whole_or_not_at_all
 from gaussmix._initialization import (
     SAMPLE_ROWS,
     SAMPLE_ROWS_PER_COMPONENT,
@@ -54,7 +54,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
     init_strategy : {"kmeans++", "random"}, default "kmeans++"
         Seeds by k-means++, or k rows drawn at random; from a sample of at most max(16384, 256 k) rows.
     convergence_tolerance : float, default 1e-4
-        Stops when the centroids move by no more than this times the mean variance of a feature (Frobenius norm).
+        Stops when the squared movement of the centroids, summed over them, is at most this times the mean variance of a
+        feature: scikit-learn's rule, which does not depend on the units of the data.
     batch_size : int, optional
         Number of rows read at a time; the result does not depend on it.
     trainer_params : dict, optional
@@ -112,6 +113,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         self.random_state = random_state
 
     @takes_data
+    @whole_or_not_at_all
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Find the centroids.
 
@@ -144,7 +146,9 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         if settings.fabric is None:
             result, self.inertia_ = run(settings.placed(rows), random_state)
         else:
-            result, self.inertia_ = launch(settings.fabric, partial(run.shared, shareable(rows), random_state))
+            result, self.inertia_ = launch(
+                settings.fabric, partial(run.shared, self._told(), shareable(rows), random_state)
+            )
         like = settings.rounded(rows.like[:0, :])
         self.centroids_ = asarray_like(result.centroids, like, floating_dtype(like))
         self.converged_, self.num_iter_ = result.converged, result.n_iter
@@ -255,7 +259,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
 
     @property
     def _n_features_out(self) -> int:
-        return self.num_clusters
+        return int(self.centroids_.shape[0])
 
     def _rows(self, X: Any, method: str) -> Rows | Stream:
         check_is_fitted(self, "centroids_")
@@ -290,9 +294,10 @@ class _Run:
         return result, mean_squared_distance(on_rows, result.centroids)
 
     def shared(
-        self, rows: Rows | Stream, random_state: np.random.RandomState, group: Group
+        self, told: dict[str, Any], rows: Rows | Stream, random_state: np.random.RandomState, group: Group
     ) -> tuple[KMeansResult, float]:
         """The same in several processes; with arrays in host memory, which travel between them."""
+        group.compare(told | {"the shape of X": rows.shape})
         rows = replace(self.settings, device=group.device).placed(rows)
         result, inertia = self(rows, group.from_first(random_state), group)
         return replace(result, centroids=to_numpy(result.centroids)), inertia
