@@ -460,11 +460,11 @@ def test_a_model_that_is_missing(tmp_path, cls):
         cls(K).load_attributes(tmp_path)
     model.symlink_to(tmp_path / "nowhere")
     for call in (cls.load, cls.load_parameters, cls(K).load_attributes):
-        with pytest.raises(ValueError, match=r"model\.safetensors is no file, or a link to nothing"):
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged: it is no file, or a link to nothing"):
             call(tmp_path)
     model.unlink()
     model.mkdir()
-    with pytest.raises(ValueError, match=r"model\.safetensors is no file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: it is no file"):
         cls.load(tmp_path)
 
 

@@ -354,6 +354,21 @@ class TestFiles:
         with pytest.raises(NotADirectoryError, match="is a file"):
             model_of("diag", 1, 1).save(tmp_path / "config.json")
 
+    def test_parameters_that_are_a_link_to_nothing(self, saved):
+        torch.save(model_of("full", 3, 2).state_dict(), saved / "parameters.pt")  # which are not what was saved last
+        (saved / "parameters.safetensors").unlink()
+        (saved / "parameters.safetensors").symlink_to("nowhere")
+        with pytest.raises(ValueError, match=r"parameters\.safetensors is damaged: it is no file, or a link"):
+            gt.GaussianMixtureModel.load(saved)
+
+    def test_weights_that_were_rounded(self, saved):
+        """To half precision, and made float again."""
+        model = gt.GaussianMixtureModel.of(np.full(200, 0.005), np.zeros((200, 1)), np.ones(200), "spherical")
+        rounded = model.bfloat16().double()
+        assert abs(rounded.component_probs.sum() - 1) > 1e-4
+        rounded.save(saved)
+        assert torch.equal(gt.GaussianMixtureModel.load(saved).component_probs, rounded.component_probs)
+
     @pytest.mark.parametrize("keep", [0, 4, 100, -1])
     def test_a_truncated_file(self, saved, keep):
         path = saved / "parameters.safetensors"

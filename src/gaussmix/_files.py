@@ -79,6 +79,8 @@ def with_arrays(
 
 def read_arrays(path: Path, remedy: str = SAVE_AGAIN, framework: str = "numpy") -> tuple[dict[str, Any], Any]:
     """The arrays and the JSON of a safetensors file; raises where they are not those that were written."""
+    if not path.is_file():
+        raise damaged(path, "it is no file, or a link to nothing", remedy)
     try:
         with safe_open(path, framework=framework) as file:
             texts = file.metadata() or {}

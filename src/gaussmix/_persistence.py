@@ -126,11 +126,9 @@ def load_attributes(estimator: Any, path: str | os.PathLike[str]) -> None:
 
 def _read(cls: type[E], folder: Path, *, as_a_whole: bool = False) -> tuple[E, dict[str, Any]]:
     """An unfitted estimator, and its fitted attributes."""
-    if (folder / MODEL).is_file():
+    if os.path.lexists(folder / MODEL):
         arrays, metadata = read_arrays(folder / MODEL)
         _check_header(cls, metadata, folder)
-    elif os.path.lexists(folder / MODEL):
-        raise damaged(folder, f"{MODEL} is no file, or a link to nothing")
     elif (folder / PARAMS).is_file():
         arrays, metadata = None, read_json(folder / PARAMS)
         _check_header(cls, metadata, folder)

@@ -590,8 +590,8 @@ def check_mixture(weights: Array, means: Array, precision_cholesky: Array, covar
         raise ValueError(f"means has shape {tuple(means.shape)}; expected (number of components, number of features)")
     k, d = means.shape
     validate_array("means", means, (k, d))
-    # PyCave's weights are float32 sums over all rows; half precision has as few as 8 bits.
-    validate_mixture_weights("weights", weights, k, tolerance=1e-2 if "float16" in str(weights.dtype) else 1e-3)
+    # PyCave's weights are float32 sums over all rows, and bfloat16, in which they may once have been, has 8 bits.
+    validate_mixture_weights("weights", weights, k, tolerance=1e-2)
     factors = validate_array("precisions_cholesky", precision_cholesky, covariance.shape(k, d))
     if not bool(covariance.is_factor(factors)):
         raise ValueError(
@@ -607,7 +607,7 @@ def check_type(name: str, value: Any, kind: type) -> None:
 
 
 def _check_bound(name: str, value: Any) -> None:
-    """Raise unless `value` is a likelihood or an inertia; without iterations it is infinite."""
+    """Raise unless `value` is a log-likelihood; without iterations it is infinite."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if math.isnan(value):
@@ -625,8 +625,9 @@ def _check_bounds(name: str, value: Any) -> None:
 # What a fit says of how it went, and the check of each.
 REPORTS: dict[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(("n_iter_", "num_iter_", "n_steps_"), partial(check_integer, minimum=0)),
-    **dict.fromkeys(("lower_bound_", "nll_", "inertia_"), _check_bound),
+    **dict.fromkeys(("lower_bound_", "nll_"), _check_bound),
     **dict.fromkeys(("backend_", "precision_"), partial(check_type, kind=str)),
     "converged_": partial(check_type, kind=bool),
+    "inertia_": check_real,
     "lower_bounds_": _check_bounds,
 }
