@@ -153,7 +153,7 @@ def test_bad_weights(library, estimator, weight, message):
         (lambda w: torch_tensor(w + 1j), ValueError, "sample_weight has dtype complex128; pass real numbers"),
         (lambda w: w.astype("M8[s]"), TypeError, r"sample_weight has dtype datetime64\[s\]: .* divide"),
         (lambda w: w.astype("m8[s]"), TypeError, r"sample_weight has dtype timedelta64\[s\]: .* divide"),
-        (lambda w: np.array([(v,) for v in w], [("w", float)]), TypeError, "sample_weight is a structured array"),
+        (lambda w: np.array([(v,) for v in w], [("w", float)]), TypeError, "sample_weight has a structured dtype"),
         (lambda w: scipy.sparse.coo_array(w), TypeError, "Sparse data was passed for sample_weight"),
         (lambda w: torch_tensor(w).to_sparse(), TypeError, "Sparse data was passed for sample_weight"),
         (lambda w: torch_tensor(w).to("meta"), ValueError, "sample_weight is on torch's meta device"),
@@ -319,7 +319,7 @@ NO_NUMBERS = {
     "fields": (
         lambda: np.array([tuple(row) for row in X], dtype=[("a", float), ("b", float)]),
         TypeError,
-        r"structured array with fields \('a', 'b'\); .*structured_to_unstructured",
+        r"structured dtype, of fields \('a', 'b'\); .*structured_to_unstructured",
     ),
     "text": (lambda: X.astype(str)[:, :1].repeat(2, 1) + "m", ValueError, "could not convert string .*; encode text"),
     "objects": (lambda: np.array([["a", 1.0]] * 30, dtype=object), ValueError, "could not convert string .*; encode"),

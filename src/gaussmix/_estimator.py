@@ -15,7 +15,7 @@ from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_is_fitted
 
 from gaussmix import _persistence, _streaming
-from gaussmix._arrays import array_namespace, asarray_like, floating_dtype, to_numpy
+from gaussmix._arrays import array_namespace, asarray_like, floating_dtype, to_numpy, working_dtype
 from gaussmix._covariance import COVARIANCES
 from gaussmix._data import Described, Rows, Stream
 from gaussmix._dispatch import engine
@@ -110,8 +110,12 @@ class Persistent(BaseEstimator):
 
     def __getattr__(self, name: str) -> Any:
         # Only for what is not there: a fitted attribute says why.
+        computed = getattr(type(self), name, None)
+        if isinstance(computed, property) and self.persistent_attributes:
+            # What it needs is not there: asked for once more, that says so.
+            return computed.__get__(self)
         is_fitted_later = any(name in getattr(cls, "__annotations__", ()) for cls in type(self).__mro__)
-        if name.endswith("_") and (is_fitted_later or isinstance(getattr(type(self), name, None), property)):
+        if name.endswith("_") and (is_fitted_later or isinstance(computed, property)):
             raise NotFittedError(f"{type(self).__name__} has no {name} before it is fitted; call fit first")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -335,6 +339,16 @@ class Mixture(DensityMixin, Persistent):
     n_features_in_: int
     n_steps_: int
 
+    def __getattr__(self, name: str) -> Any:
+        # Attributes that are set by hand are those that scikit-learn predicts from: the rest follows from them.
+        if name == "n_features_in_" and "means_" in vars(self):
+            return self.means_.shape[1]
+        if name == "covariances_" and "means_" in vars(self):
+            factor = self.precisions_cholesky_
+            exact = array_namespace(factor).astype(factor, working_dtype(factor), copy=False)
+            return asarray_like(COVARIANCES[self.covariance_type].covariances(exact), factor)
+        return super().__getattr__(name)
+
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Fit the mixture to the rows of X; each estimator documents its own."""
         raise NotImplementedError
@@ -539,8 +553,6 @@ class Mixture(DensityMixin, Persistent):
 
     def _on(self, X: Any, method: str) -> "_Inference":
         check_is_fitted(self, "means_")
-        if not hasattr(self, "n_features_in_"):  # attributes set by hand
-            self.n_features_in_ = self.means_.shape[1]
         rows = validate_rows(self, X, reset=False, batch_size=self.batch_size, num_workers=self.num_workers)
         check_same_library(rows.like, self, self.means_, method)
         return _Inference(rows, self._parameters, engine(self._placed(rows), COVARIANCES[self.covariance_type]))

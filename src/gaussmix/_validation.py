@@ -255,7 +255,7 @@ def dense(name: str, value: Any) -> Any:
             )
         if is_numpy and dtype.names:
             raise TypeError(
-                f"{name} is a structured array with fields {dtype.names}; pass "
+                f"{name} has a structured dtype, of fields {dtype.names}; pass "
                 "numpy.lib.recfunctions.structured_to_unstructured of it"
             )
     if has_columns and dtypes and all(str(dtype).startswith("Sparse") for dtype in dtypes):
