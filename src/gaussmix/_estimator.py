@@ -67,6 +67,20 @@ def takes_data(method: Method) -> Method:
     return cast(Method, call)
 
 
+def numpy_defaults(method: Method) -> Method:
+    """The method, whose arithmetic NumPy reports on as it does by default, whatever the caller's `numpy.seterr` says.
+
+    Responsibilities underflow in every fit; what overflows is computed again in a form with more room.
+    """
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"):
+            return method(*args, **kwargs)
+
+    return cast(Method, call)
+
+
 def by_block(method: Method) -> Method:
     """The method, which gives for a Dask array what it gives for each block, computed when it is asked for."""
 
@@ -354,6 +368,7 @@ class Mixture(DensityMixin, Persistent):
         raise NotImplementedError
 
     @classmethod
+    @numpy_defaults
     def from_parameters(cls, weights: Any, means: Any, covariances: Any, *, covariance_type: str) -> Self:
         """A fitted mixture with known parameters.
 
@@ -393,6 +408,7 @@ class Mixture(DensityMixin, Persistent):
         mixture.n_features_in_ = d
         return mixture
 
+    @numpy_defaults
     @takes_data
     def partial_fit(
         self,
@@ -504,6 +520,7 @@ class Mixture(DensityMixin, Persistent):
         """
         return self.fit(X, y, sample_weight).predict(X)
 
+    @numpy_defaults
     @takes_data
     @by_block
     def predict(self, X: Any) -> Array:
@@ -528,6 +545,7 @@ class Mixture(DensityMixin, Persistent):
         """
         return self._on(X, "predict").labels()
 
+    @numpy_defaults
     @takes_data
     @by_block
     def predict_proba(self, X: Any) -> Array:

@@ -15,7 +15,7 @@ from gaussmix._dispatch import clusters, distances, shareable
 from gaussmix._distributed import Group, launch
 from gaussmix._em import progress_bar
 from gaussmix._engine import Clusters
-from gaussmix._estimator import Trained, averaged, by_block, takes_data
+from gaussmix._estimator import Trained, averaged, by_block, numpy_defaults, takes_data
 from gaussmix._initialization import (
     SAMPLE_ROWS,
     SAMPLE_ROWS_PER_COMPONENT,
@@ -111,6 +111,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         self.trainer_params = trainer_params
         self.random_state = random_state
 
+    @numpy_defaults
     @takes_data
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Find the centroids.
@@ -152,6 +153,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         self.converged_, self.num_iter_ = result.converged, result.n_iter
         return self
 
+    @numpy_defaults
     @takes_data
     @by_block
     def predict(self, X: Any) -> Array:
@@ -177,6 +179,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         """Find the centroids and return the labels of the same rows, as `fit(X).predict(X)` does."""
         return self.fit(X, y, sample_weight).predict(X)
 
+    @numpy_defaults
     @takes_data
     @by_block
     def transform(self, X: Any) -> Array:
@@ -202,6 +205,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         """Find the centroids and return the distances of the same rows, as `fit(X).transform(X)` does."""
         return self.fit(X, y, sample_weight).transform(X)
 
+    @numpy_defaults
     @takes_data
     @by_block
     def score_samples(self, X: Any) -> Array:
@@ -222,6 +226,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         found = on_rows.squared_distances(self._centroids(on_rows))
         return asarray_like(found, rows.like, floating_dtype(rows.like))
 
+    @numpy_defaults
     @takes_data
     @averaged
     def score(self, X: Any, y: Any = None) -> float:

@@ -1,7 +1,6 @@
 """GaussianMixture with PyCave's signature."""
 
 import os
-import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -19,7 +18,7 @@ from gaussmix._dispatch import engine, shareable
 from gaussmix._distributed import Group, Share, launch, process_group, share_of
 from gaussmix._em import Callback, EMResult, progress_bar
 from gaussmix._engine import Fitting
-from gaussmix._estimator import Mixture, Trained, averaged, by_block, takes_data
+from gaussmix._estimator import Mixture, Trained, averaged, by_block, numpy_defaults, takes_data
 from gaussmix._initialization import initialize
 from gaussmix._parameters import Parameters
 from gaussmix._trainer import Settings
@@ -34,6 +33,7 @@ from gaussmix._validation import (
     validate_array,
     validate_rows,
 )
+from gaussmix._warnings import warn_user
 
 INIT_STRATEGIES = ("kmeans", "kmeans++", "random", "random_from_data")
 
@@ -160,6 +160,7 @@ class GaussianMixture(Mixture, Trained):
         self.num_workers = num_workers
         self.random_state = random_state
 
+    @numpy_defaults
     @takes_data
     def fit(
         self,
@@ -246,17 +247,17 @@ class GaussianMixture(Mixture, Trained):
                 settings.fabric, partial(run.shared, shareable(rows), random_state)
             )
         if settings.max_epochs and not result.converged:
-            warnings.warn(
+            warn_user(
                 f"EM did not converge within {settings.max_epochs} iterations; increase trainer_params['max_epochs'] "
                 f"or convergence_tolerance (now {self.convergence_tolerance:g})",
                 ConvergenceWarning,
-                stacklevel=3,
             )
         self._set_parameters(result.parameters, Rows(settings.rounded(rows.like[:0, :])))
         self._set_progress(result.lower_bounds, result.converged)
         self.n_steps_ = 0
         return self
 
+    @numpy_defaults
     @takes_data
     @by_block
     def score_samples(self, X: Any) -> Array:
@@ -279,6 +280,7 @@ class GaussianMixture(Mixture, Trained):
         """
         return -self._on(X, "score_samples").log_evidence()
 
+    @numpy_defaults
     @takes_data
     @averaged
     def score(self, X: Any, y: Any = None) -> float:
@@ -302,6 +304,7 @@ class GaussianMixture(Mixture, Trained):
         """
         return -self._on(X, "score").mean_log_evidence()
 
+    @numpy_defaults
     def sample(self, num_datapoints: int) -> Array:
         """Draw rows from the fitted mixture.
 
@@ -318,6 +321,7 @@ class GaussianMixture(Mixture, Trained):
         """
         return self._draw(num_datapoints)
 
+    @numpy_defaults
     def to_sklearn(self) -> Any:
         """The same mixture as a `sklearn.mixture.GaussianMixture`, whose `score` is the negative of ours.
 
@@ -356,6 +360,7 @@ class GaussianMixture(Mixture, Trained):
         return _interop.to_sklearn(self, params, fitted)
 
     @classmethod
+    @numpy_defaults
     def from_sklearn(cls, mixture: Any) -> Self:
         """The mixture that a `sklearn.mixture.GaussianMixture` was fitted to.
 

@@ -3,7 +3,6 @@
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,7 +26,7 @@ from gaussmix._dispatch import engine
 from gaussmix._distributed import Group, Share, process_group
 from gaussmix._em import Callback, EMResult, best_of
 from gaussmix._engine import Fitting
-from gaussmix._estimator import Mixture, averaged, by_block, sum_of_blocks
+from gaussmix._estimator import Mixture, averaged, by_block, numpy_defaults, sum_of_blocks
 from gaussmix._initialization import find_means, initialize
 from gaussmix._parameters import Parameters, SingularCovarianceError
 from gaussmix._typing import Array
@@ -39,6 +38,7 @@ from gaussmix._validation import (
     validate_precisions,
     validate_rows,
 )
+from gaussmix._warnings import warn_user
 
 __all__ = ["GaussianMixture"]
 
@@ -185,6 +185,7 @@ class GaussianMixture(Mixture):
         self.verbose = verbose
         self.verbose_interval = verbose_interval
 
+    @numpy_defaults
     def fit(
         self,
         X: Any,
@@ -283,15 +284,14 @@ class GaussianMixture(Mixture):
             error.args = (f"{ILL_DEFINED} Cause: {error}",)
             raise
         if self.max_iter and not result.converged:
-            warnings.warn(
-                f"{NOT_CONVERGED} Now max_iter={self.max_iter}, tol={self.tol:g}.", ConvergenceWarning, stacklevel=2
-            )
+            warn_user(f"{NOT_CONVERGED} Now max_iter={self.max_iter}, tol={self.tol:g}.", ConvergenceWarning)
         self._set_parameters(result.parameters, rows)
         self._set_progress(result.lower_bounds, result.converged)
         self.n_steps_ = 0
         self.backend_, self.precision_ = on_rows.backend, on_rows.precision
         return self
 
+    @numpy_defaults
     @by_block
     def score_samples(self, X: Any) -> Array:
         """Log-likelihood of each row, in nats.
@@ -313,6 +313,7 @@ class GaussianMixture(Mixture):
         """
         return self._on(X, "score_samples").log_evidence()
 
+    @numpy_defaults
     @averaged
     def score(self, X: Any, y: Any = None) -> float:
         """Mean log-likelihood of a row, in nats: larger is better.
@@ -335,6 +336,7 @@ class GaussianMixture(Mixture):
         """
         return self._on(X, "score").mean_log_evidence()
 
+    @numpy_defaults
     def bic(self, X: Any) -> float:
         """Bayesian information criterion, -2 log L + p log n (Schwarz 1978): smaller is better.
 
@@ -350,6 +352,7 @@ class GaussianMixture(Mixture):
         log_likelihood, n = self._log_likelihood(X)
         return -2 * log_likelihood + self._n_parameters() * math.log(n)
 
+    @numpy_defaults
     def aic(self, X: Any) -> float:
         """Akaike information criterion, -2 log L + 2 p (Akaike 1974): smaller is better.
 
@@ -365,6 +368,7 @@ class GaussianMixture(Mixture):
         log_likelihood, _ = self._log_likelihood(X)
         return -2 * log_likelihood + 2 * self._n_parameters()
 
+    @numpy_defaults
     def sample(self, n_samples: int = 1) -> tuple[Array, Array]:
         """Draw rows from the fitted mixture.
 
@@ -405,6 +409,7 @@ class GaussianMixture(Mixture):
             asarray_like(labels, self.means_, xp.int64),
         )
 
+    @numpy_defaults
     def to_sklearn(self) -> Any:
         """The same mixture as a `sklearn.mixture.GaussianMixture`, for tools that ask for that class.
 
@@ -429,6 +434,7 @@ class GaussianMixture(Mixture):
         return _interop.to_sklearn(self, self.get_params(deep=False), _interop.attributes(self))
 
     @classmethod
+    @numpy_defaults
     def from_sklearn(cls, mixture: Any) -> Self:
         """The mixture that a `sklearn.mixture.GaussianMixture` was fitted to.
 
