@@ -1,6 +1,7 @@
 """What the estimators share: inference, sampling and persistence on top of fitted attributes."""
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -487,7 +488,12 @@ class Mixture(DensityMixin, Persistent):
         )
         if is_new:
             check_enough_rows(rows.n_positive, *self._k)
-        on_rows: Any = engine(self._placed(rows), COVARIANCES[self.covariance_type], self._reg_covar)
+        on_rows: Any = engine(
+            self._placed(rows),
+            COVARIANCES[self.covariance_type],
+            self._reg_covar,
+            level=logging.INFO if is_new else logging.DEBUG,
+        )
         begun = on_rows.rows
         start = self._begin(on_rows) if is_new else self._parameters.moved(begun.like, begun.dtype)
         n_steps = getattr(self, "n_steps_", 0)

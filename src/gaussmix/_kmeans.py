@@ -1,5 +1,6 @@
 """KMeans with PyCave's signature."""
 
+import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -284,7 +285,7 @@ class _Run:
         """Seeds and Lloyd's iterations: the result and its inertia."""
         sample = rows.sample(max(SAMPLE_ROWS, SAMPLE_ROWS_PER_COMPONENT * self.k), random_state)
         seeds = SEEDS[self.init_strategy](sample, self.k, random_state)
-        on_rows = clusters(rows, group)
+        on_rows = clusters(rows, group, level=logging.INFO)
         max_iter = self.settings.max_epochs
         is_shown = self.settings.progress_bar and (group is None or group.rank == 0)
         with progress_bar(is_shown, max_iter, "movement", rows.shape[0]) as show:

@@ -1,5 +1,6 @@
 """GaussianMixture with PyCave's signature."""
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from functools import partial
@@ -511,7 +512,7 @@ class _Run:
         with progress_bar(is_shown, max_iter, "log-likelihood", rows.shape[0]) as bar:
             if bar is not None and isinstance(rows, Stream):
                 rows = rows.watched(bar.read)
-            on_rows = engine(rows, COVARIANCES[self.covariance_type], self.reg_covar)
+            on_rows = engine(rows, COVARIANCES[self.covariance_type], self.reg_covar, level=logging.INFO)
             result = run(
                 on_rows,
                 lambda: initialize(on_rows, self.k, self.init_strategy, random_state, self.means),

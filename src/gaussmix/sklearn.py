@@ -1,5 +1,6 @@
 """GaussianMixture with scikit-learn's signature, attributes and sign."""
 
+import logging
 import math
 import os
 import time
@@ -248,7 +249,7 @@ class GaussianMixture(Mixture):
         group = None if distributed is None else process_group(distributed, X)
         rows = self._validated(X, sample_weight, group)
         check_enough_rows(rows.n_positive, "n_components", self.n_components)
-        on_rows = engine(rows, covariance, self.reg_covar)
+        on_rows = engine(rows, covariance, self.reg_covar, level=logging.INFO)
         given = self._given(on_rows.rows, covariance)
         random_state = random_generator(self.random_state)
         if group is not None:
