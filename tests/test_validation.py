@@ -12,7 +12,7 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
 from cases import blobs
-from gaussmix import GaussianMixture, KMeans
+from gaussmix import GaussianMixture, KMeans, estimate
 from gaussmix._arrays import to_numpy
 from gaussmix.sklearn import GaussianMixture as SklearnMixture
 
@@ -49,7 +49,14 @@ def torch_tensor(x, **settings):
         (GaussianMixture(covariance_regularization=np.nan), ValueError, "covariance_regularization must be finite"),
         (GaussianMixture(batch_size=0), ValueError, "batch_size must be at least 1"),
         (GaussianMixture(batch_size=1.5), TypeError, "batch_size must be an integer"),
-        (GaussianMixture(random_state="seed"), ValueError, "seed"),
+        (GaussianMixture(random_state="seed"), ValueError, "random_state takes an integer .*, got 'seed'"),
+        (GaussianMixture(random_state=-1), ValueError, "random_state takes an integer .*, got -1"),
+        (
+            KMeans(random_state=np.random.default_rng(0)),
+            ValueError,
+            "random_state takes .*RandomState or None, got Gen",
+        ),
+        (GaussianMixture(covariance_regularization=10**400), ValueError, "covariance_regularization must be finite"),
         (
             GaussianMixture(2, init_means=[[0.0, 0.0]]),
             ValueError,
@@ -125,6 +132,21 @@ def torch_tensor(x, **settings):
 def test_bad_parameters(library, estimator, error, message):
     with pytest.raises(error, match=message):
         estimator.fit(library.asarray(X))
+
+
+@pytest.mark.parametrize("estimator", [GaussianMixture(2), SklearnMixture(2)])
+def test_bad_callback(library, estimator):
+    with pytest.raises(TypeError, match="callback must be a function of .*, got 'print'"):
+        estimator.fit(library.asarray(X), callback="print")
+    assert not hasattr(estimator, "n_features_in_")
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int64])
+@pytest.mark.parametrize("cls", [GaussianMixture, SklearnMixture, KMeans])
+def test_numpys_integers(cls, kind):
+    found, expected = (cls(number, random_state=0).fit(X) for number in (kind(2), 2))
+    np.testing.assert_array_equal(found.predict(X), expected.predict(X))
+    assert estimate(kind(100), kind(3), kind(2), "full") == estimate(100, 3, 2, "full")
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         check_real("convergence_tolerance", self.convergence_tolerance)
         settings = self._settings()
         rows = validate_rows(self, X, reset=True, sample_weight=sample_weight, batch_size=self.batch_size)
-        k = self.num_clusters
+        k = int(self.num_clusters)
         check_enough_rows(rows.n_positive, "num_clusters", k)
 
         random_state = random_generator(self.random_state)

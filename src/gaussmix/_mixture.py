@@ -25,6 +25,7 @@ from gaussmix._parameters import Parameters
 from gaussmix._trainer import Settings
 from gaussmix._typing import Array
 from gaussmix._validation import (
+    check_callback,
     check_covariance_type,
     check_enough_rows,
     check_integer,
@@ -222,6 +223,7 @@ class GaussianMixture(Mixture, Trained):
             If EM did not converge within `max_epochs` iterations.
         """
         self._check_parameters()
+        check_callback(callback)
         settings = self._settings()
         random_state = random_generator(self.random_state)
         group = None if distributed is None else process_group(distributed, X, settings.device)

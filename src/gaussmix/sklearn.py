@@ -32,6 +32,7 @@ from gaussmix._initialization import find_means, initialize
 from gaussmix._parameters import Parameters, SingularCovarianceError
 from gaussmix._typing import Array
 from gaussmix._validation import (
+    check_callback,
     check_enough_rows,
     random_generator,
     validate_array,
@@ -245,6 +246,7 @@ class GaussianMixture(Mixture):
             If the best start did not converge within `max_iter` iterations.
         """
         self._check_parameters()
+        check_callback(callback)
         covariance = COVARIANCES[self.covariance_type]
         group = None if distributed is None else process_group(distributed, X)
         rows = self._validated(X, sample_weight, group)
