@@ -12,7 +12,7 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
 from cases import blobs
-from gaussmix import GaussianMixture, KMeans
+from gaussmix import GaussianMixture, KMeans, estimate
 from gaussmix._arrays import to_numpy
 from gaussmix.sklearn import GaussianMixture as SklearnMixture
 
@@ -49,7 +49,14 @@ def torch_tensor(x, **settings):
         (GaussianMixture(covariance_regularization=np.nan), ValueError, "covariance_regularization must be finite"),
         (GaussianMixture(batch_size=0), ValueError, "batch_size must be at least 1"),
         (GaussianMixture(batch_size=1.5), TypeError, "batch_size must be an integer"),
-        (GaussianMixture(random_state="seed"), ValueError, "seed"),
+        (GaussianMixture(random_state="seed"), ValueError, "random_state takes an integer .*, got 'seed'"),
+        (GaussianMixture(random_state=-1), ValueError, "random_state takes an integer .*, got -1"),
+        (
+            KMeans(random_state=np.random.default_rng(0)),
+            ValueError,
+            "random_state takes .*RandomState or None, got Gen",
+        ),
+        (GaussianMixture(covariance_regularization=10**400), ValueError, "covariance_regularization must be finite"),
         (
             GaussianMixture(2, init_means=[[0.0, 0.0]]),
             ValueError,
@@ -127,6 +134,21 @@ def test_bad_parameters(library, estimator, error, message):
         estimator.fit(library.asarray(X))
 
 
+@pytest.mark.parametrize("estimator", [GaussianMixture(2), SklearnMixture(2)])
+def test_bad_callback(library, estimator):
+    with pytest.raises(TypeError, match="callback must be a function of .*, got 'print'"):
+        estimator.fit(library.asarray(X), callback="print")
+    assert not hasattr(estimator, "n_features_in_")
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int64])
+@pytest.mark.parametrize("cls", [GaussianMixture, SklearnMixture, KMeans])
+def test_numpys_integers(cls, kind):
+    found, expected = (cls(number, random_state=0).fit(X) for number in (kind(2), 2))
+    np.testing.assert_array_equal(found.predict(X), expected.predict(X))
+    assert estimate(kind(100), kind(3), kind(2), "full") == estimate(100, 3, 2, "full")
+
+
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
@@ -153,7 +175,7 @@ def test_bad_weights(library, estimator, weight, message):
         (lambda w: torch_tensor(w + 1j), ValueError, "sample_weight has dtype complex128; pass real numbers"),
         (lambda w: w.astype("M8[s]"), TypeError, r"sample_weight has dtype datetime64\[s\]: .* divide"),
         (lambda w: w.astype("m8[s]"), TypeError, r"sample_weight has dtype timedelta64\[s\]: .* divide"),
-        (lambda w: np.array([(v,) for v in w], [("w", float)]), TypeError, "sample_weight is a structured array"),
+        (lambda w: np.array([(v,) for v in w], [("w", float)]), TypeError, "sample_weight has a structured dtype"),
         (lambda w: scipy.sparse.coo_array(w), TypeError, "Sparse data was passed for sample_weight"),
         (lambda w: torch_tensor(w).to_sparse(), TypeError, "Sparse data was passed for sample_weight"),
         (lambda w: torch_tensor(w).to("meta"), ValueError, "sample_weight is on torch's meta device"),
@@ -319,7 +341,7 @@ NO_NUMBERS = {
     "fields": (
         lambda: np.array([tuple(row) for row in X], dtype=[("a", float), ("b", float)]),
         TypeError,
-        r"structured array with fields \('a', 'b'\); .*structured_to_unstructured",
+        r"structured dtype, of fields \('a', 'b'\); .*structured_to_unstructured",
     ),
     "text": (lambda: X.astype(str)[:, :1].repeat(2, 1) + "m", ValueError, "could not convert string .*; encode text"),
     "objects": (lambda: np.array([["a", 1.0]] * 30, dtype=object), ValueError, "could not convert string .*; encode"),

@@ -1,6 +1,7 @@
 """What the estimators share: inference, sampling and persistence on top of fitted attributes."""
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -108,6 +109,20 @@ def whole_or_not_at_all(method: Method) -> Method:
     return cast(Method, call)
 
 
+def numpy_defaults(method: Method) -> Method:
+    """The method, whose arithmetic NumPy reports on as it does by default, whatever the caller's `numpy.seterr` says.
+
+    Responsibilities underflow in every fit; what overflows is computed again in a form with more room.
+    """
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"):
+            return method(*args, **kwargs)
+
+    return cast(Method, call)
+
+
 def by_block(method: Method) -> Method:
     """The method, which gives for a Dask array what it gives for each block, computed when it is asked for."""
 
@@ -151,8 +166,12 @@ class Persistent(BaseEstimator):
 
     def __getattr__(self, name: str) -> Any:
         # Only for what is not there: a fitted attribute says why.
+        computed = getattr(type(self), name, None)
+        if isinstance(computed, property) and self.persistent_attributes:
+            # What it needs is not there: asked for once more, that says so.
+            return computed.__get__(self)
         is_fitted_later = any(name in getattr(cls, "__annotations__", ()) for cls in type(self).__mro__)
-        if name.endswith("_") and (is_fitted_later or isinstance(getattr(type(self), name, None), property)):
+        if name.endswith("_") and (is_fitted_later or isinstance(computed, property)):
             raise NotFittedError(f"{type(self).__name__} has no {name} before it is fitted; call fit first")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -389,11 +408,24 @@ class Mixture(DensityMixin, Persistent):
     n_steps_: int
     covariance_type_: str
 
+    def __getattr__(self, name: str) -> Any:
+        # Attributes that are set by hand are those that scikit-learn predicts from: the rest follows from them.
+        if name == "n_features_in_" and "means_" in vars(self):
+            return self.means_.shape[1]
+        if name == "covariances_" and "means_" in vars(self):
+            factor, covariance = self.precisions_cholesky_, self._covariance
+            exact = array_namespace(factor).astype(factor, working_dtype(factor), copy=False)
+            rounded = asarray_like(covariance.covariances(exact), factor)
+            parameters = Parameters(self.weights_, self.means_, rounded, factor)
+            return _with_covariances_that_hold(parameters, covariance).covariances
+        return super().__getattr__(name)
+
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Fit the mixture to the rows of X; each estimator documents its own."""
         raise NotImplementedError
 
     @classmethod
+    @numpy_defaults
     def from_parameters(cls, weights: Any, means: Any, covariances: Any, *, covariance_type: str) -> Self:
         """A fitted mixture with known parameters.
 
@@ -433,6 +465,7 @@ class Mixture(DensityMixin, Persistent):
         mixture.n_features_in_ = d
         return mixture
 
+    @numpy_defaults
     @takes_data
     @whole_or_not_at_all
     def partial_fit(
@@ -513,7 +546,12 @@ class Mixture(DensityMixin, Persistent):
         )
         if is_new:
             check_enough_rows(rows.n_positive, *self._k)
-        on_rows: Any = engine(self._placed(rows), COVARIANCES[self.covariance_type], self._reg_covar)
+        on_rows: Any = engine(
+            self._placed(rows),
+            COVARIANCES[self.covariance_type],
+            self._reg_covar,
+            level=logging.INFO if is_new else logging.DEBUG,
+        )
         begun = on_rows.rows
         start = self._begin(on_rows) if is_new else self._continued("partial_fit", begun)
         n_steps = getattr(self, "n_steps_", 0)
@@ -546,6 +584,7 @@ class Mixture(DensityMixin, Persistent):
         """
         return self.fit(X, y, sample_weight).predict(X)
 
+    @numpy_defaults
     @takes_data
     @by_block
     def predict(self, X: Any) -> Array:
@@ -570,6 +609,7 @@ class Mixture(DensityMixin, Persistent):
         """
         return self._on(X, "predict").labels()
 
+    @numpy_defaults
     @takes_data
     @by_block
     def predict_proba(self, X: Any) -> Array:
@@ -595,8 +635,6 @@ class Mixture(DensityMixin, Persistent):
 
     def _on(self, X: Any, method: str) -> "_Inference":
         check_is_fitted(self, "means_")
-        if not hasattr(self, "n_features_in_"):  # attributes set by hand
-            self.n_features_in_ = self.means_.shape[1]
         rows = validate_rows(self, X, reset=False, batch_size=self.batch_size, num_workers=self.num_workers)
         check_same_library(rows.like, self, self.means_, method)
         return _Inference(rows, self._parameters, engine(self._placed(rows), self._covariance))

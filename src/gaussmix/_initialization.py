@@ -74,6 +74,7 @@ def _lie_far(means: Array, centroids: Array, statistics: SufficientStatistics, e
 
 def find_means(rows: Described, k: int, strategy: str, random_state: np.random.RandomState) -> Array:
     """Means (k, d) in float64 on the host, by "kmeans", "kmeans++" or "random_from_data"."""
+    k = int(k)  # NumPy's small integers have no room for the product
     sample = rows.sample(max(SAMPLE_ROWS, SAMPLE_ROWS_PER_COMPONENT * k), random_state)
     seeds = SEEDS["random" if strategy == "random_from_data" else "kmeans++"](sample, k, random_state)
     if strategy != "kmeans":

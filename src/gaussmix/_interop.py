@@ -53,10 +53,14 @@ def from_sklearn(mixture: Any) -> tuple[dict[str, Any], Parameters, dict[str, An
             f"from_sklearn takes a fitted sklearn.mixture.GaussianMixture, got a {cls.__module__}.{cls.__qualname__}; "
             "from_parameters makes a mixture of any weights, means and covariances"
         )
-    check_is_fitted(mixture, ARRAYS)
+    # scikit-learn predicts without covariances, where the other attributes were set by hand.
+    check_is_fitted(mixture, [name for name in ARRAYS if name != "covariances_"])
     params = deepcopy({name: getattr(mixture, name) for name in GaussianMixture().get_params(deep=False)})
     xp = array_namespace(mixture.means_)
+    arrays = {name: getattr(mixture, name) for name in ARRAYS if hasattr(mixture, name)}
+    if "covariances_" not in arrays:
+        arrays["covariances_"] = COVARIANCES[mixture.covariance_type].covariances(mixture.precisions_cholesky_)
     # Copies, as a mixture owns its arrays.
-    parameters = Parameters(*(xp.asarray(getattr(mixture, name), copy=True) for name in ARRAYS))
+    parameters = Parameters(*(xp.asarray(arrays[name], copy=True) for name in ARRAYS))
     found = {"n_features_in_": parameters.means.shape[1]} | attributes(mixture)
     return params, parameters, found

@@ -1,5 +1,6 @@
 """KMeans with PyCave's signature."""
 
+import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from gaussmix._dispatch import clusters, distances, shareable
 from gaussmix._distributed import Group, launch
 from gaussmix._em import progress_bar
 from gaussmix._engine import Clusters
-from gaussmix._estimator import Trained, averaged, by_block, takes_data, whole_or_not_at_all
+from gaussmix._estimator import Trained, averaged, by_block, numpy_defaults, takes_data, whole_or_not_at_all
 from gaussmix._initialization import (
     SAMPLE_ROWS,
     SAMPLE_ROWS_PER_COMPONENT,
@@ -112,6 +113,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         self.trainer_params = trainer_params
         self.random_state = random_state
 
+    @numpy_defaults
     @takes_data
     @whole_or_not_at_all
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
@@ -138,7 +140,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         self._check_parameters()
         settings = self._settings()
         rows = validate_rows(self, X, reset=True, sample_weight=sample_weight, batch_size=self.batch_size)
-        k = self.num_clusters
+        k = int(self.num_clusters)
         check_enough_rows(rows.n_positive, "num_clusters", k)
 
         random_state = random_generator(self.random_state)
@@ -154,6 +156,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         self.converged_, self.num_iter_ = result.converged, result.n_iter
         return self
 
+    @numpy_defaults
     @takes_data
     @by_block
     def predict(self, X: Any) -> Array:
@@ -179,6 +182,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         """Find the centroids and return the labels of the same rows, as `fit(X).predict(X)` does."""
         return self.fit(X, y, sample_weight).predict(X)
 
+    @numpy_defaults
     @takes_data
     @by_block
     def transform(self, X: Any) -> Array:
@@ -204,6 +208,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         """Find the centroids and return the distances of the same rows, as `fit(X).transform(X)` does."""
         return self.fit(X, y, sample_weight).transform(X)
 
+    @numpy_defaults
     @takes_data
     @by_block
     def score_samples(self, X: Any) -> Array:
@@ -224,6 +229,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         found = on_rows.squared_distances(self._centroids(on_rows))
         return asarray_like(found, rows.like, floating_dtype(rows.like))
 
+    @numpy_defaults
     @takes_data
     @averaged
     def score(self, X: Any, y: Any = None) -> float:
@@ -286,7 +292,7 @@ class _Run:
         """Seeds and Lloyd's iterations: the result and its inertia."""
         sample = rows.sample(max(SAMPLE_ROWS, SAMPLE_ROWS_PER_COMPONENT * self.k), random_state)
         seeds = SEEDS[self.init_strategy](sample, self.k, random_state)
-        on_rows = clusters(rows, group)
+        on_rows = clusters(rows, group, level=logging.INFO)
         max_iter = self.settings.max_epochs
         is_shown = self.settings.progress_bar and (group is None or group.rank == 0)
         with progress_bar(is_shown, max_iter, "movement", rows.shape[0]) as show:

@@ -1,5 +1,6 @@
 """GaussianMixture with PyCave's signature."""
 
+import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from gaussmix._estimator import (
     averaged,
     by_block,
     in_group,
+    numpy_defaults,
     takes_data,
     whole_or_not_at_all,
 )
@@ -34,6 +36,7 @@ from gaussmix._parameters import Parameters
 from gaussmix._trainer import Settings
 from gaussmix._typing import Array
 from gaussmix._validation import (
+    check_callback,
     check_covariance_type,
     check_enough_rows,
     check_integer,
@@ -174,6 +177,7 @@ class GaussianMixture(Mixture, Trained):
         self.num_workers = num_workers
         self.random_state = random_state
 
+    @numpy_defaults
     @takes_data
     @whole_or_not_at_all
     @in_group
@@ -240,6 +244,7 @@ class GaussianMixture(Mixture, Trained):
             If EM did not converge within `max_epochs` iterations.
         """
         self._check_parameters()
+        check_callback(callback)
         settings = self._settings()
         if distributed is not None and settings.fabric is not None:
             raise ValueError(
@@ -280,6 +285,7 @@ class GaussianMixture(Mixture, Trained):
         self.n_steps_ = 0
         return self
 
+    @numpy_defaults
     @takes_data
     @by_block
     def score_samples(self, X: Any) -> Array:
@@ -302,6 +308,7 @@ class GaussianMixture(Mixture, Trained):
         """
         return -self._on(X, "score_samples").log_evidence()
 
+    @numpy_defaults
     @takes_data
     @averaged
     def score(self, X: Any, y: Any = None) -> float:
@@ -325,6 +332,7 @@ class GaussianMixture(Mixture, Trained):
         """
         return -self._on(X, "score").mean_log_evidence()
 
+    @numpy_defaults
     def sample(self, num_datapoints: int) -> Array:
         """Draw rows from the fitted mixture.
 
@@ -343,6 +351,7 @@ class GaussianMixture(Mixture, Trained):
         check_integer("the number of rows to sample", num_datapoints, 1)
         return asarray_like(self._draw(num_datapoints)[0], self.means_)
 
+    @numpy_defaults
     def to_sklearn(self) -> Any:
         """The same mixture as a `sklearn.mixture.GaussianMixture`, whose `score` is the negative of ours.
 
@@ -383,6 +392,7 @@ class GaussianMixture(Mixture, Trained):
         return _interop.to_sklearn(self, params, fitted)
 
     @classmethod
+    @numpy_defaults
     def from_sklearn(cls, mixture: Any) -> Self:
         """The mixture that a `sklearn.mixture.GaussianMixture` was fitted to.
 
@@ -535,7 +545,7 @@ class _Run:
         with progress_bar(is_shown, max_iter, "log-likelihood", rows.shape[0]) as bar:
             if bar is not None and isinstance(rows, Stream):
                 rows = rows.watched(bar.read)
-            on_rows = engine(rows, COVARIANCES[self.covariance_type], self.reg_covar)
+            on_rows = engine(rows, COVARIANCES[self.covariance_type], self.reg_covar, level=logging.INFO)
             result = run(
                 on_rows,
                 lambda: initialize(on_rows, self.k, self.init_strategy, random_state, self.means),

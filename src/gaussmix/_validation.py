@@ -314,7 +314,7 @@ def dense(name: str, value: Any) -> Any:
             )
         if is_numpy and dtype.names:
             raise TypeError(
-                f"{name} is a structured array with fields {dtype.names}; pass "
+                f"{name} has a structured dtype, of fields {dtype.names}; pass "
                 "numpy.lib.recfunctions.structured_to_unstructured of it"
             )
     if has_columns and dtypes and all(str(dtype).startswith("Sparse") for dtype in dtypes):
@@ -467,7 +467,15 @@ def check_enough_rows(n: int, name: str, k: int) -> None:
 
 def random_generator(random_state: Any) -> np.random.RandomState:
     """The generator for a `random_state`: a fresh one for None, so that NumPy's global generator stays untouched."""
-    return np.random.RandomState() if random_state is None else check_random_state(random_state)
+    if random_state is None:
+        return np.random.RandomState()
+    try:
+        return check_random_state(random_state)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; random_state takes an integer from 0 to 2**32 - 1, a numpy.random.RandomState or None, got "
+            f"{random_state!r}"
+        ) from None
 
 
 def check_integer(name: str, value: Any, minimum: int) -> None:
@@ -482,8 +490,16 @@ def check_real(name: str, value: Any) -> None:
     """Raise unless `value` is a finite number that is not negative."""
     if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 <= value < np.inf:
+    if not 0 <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+
+
+def check_callback(callback: Any) -> None:
+    """Raise TypeError for what can not be called after an iteration."""
+    if callback is not None and not callable(callback):
+        raise TypeError(
+            f"callback must be a function of (iteration, lower bound, parameters) or None, got {callback!r}"
+        )
 
 
 def check_option(name: str, value: Any, options: Collection[str]) -> None:

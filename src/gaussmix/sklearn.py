@@ -1,5 +1,6 @@
 """GaussianMixture with scikit-learn's signature, attributes and sign."""
 
+import logging
 import math
 import os
 import time
@@ -26,11 +27,20 @@ from gaussmix._dispatch import engine
 from gaussmix._distributed import Group, Share
 from gaussmix._em import Callback, DivergedError, EMResult, best_of
 from gaussmix._engine import Fitting
-from gaussmix._estimator import Mixture, averaged, by_block, in_group, sum_of_blocks, whole_or_not_at_all
+from gaussmix._estimator import (
+    Mixture,
+    averaged,
+    by_block,
+    in_group,
+    numpy_defaults,
+    sum_of_blocks,
+    whole_or_not_at_all,
+)
 from gaussmix._initialization import find_means, initialize
 from gaussmix._parameters import Parameters, SingularCovarianceError
 from gaussmix._typing import Array
 from gaussmix._validation import (
+    check_callback,
     check_enough_rows,
     random_generator,
     validate_array,
@@ -189,6 +199,7 @@ class GaussianMixture(Mixture):
         self.verbose = verbose
         self.verbose_interval = verbose_interval
 
+    @numpy_defaults
     @whole_or_not_at_all
     @in_group
     def fit(
@@ -253,11 +264,12 @@ class GaussianMixture(Mixture):
             If the best start did not converge within `max_iter` iterations; if some of `n_init` starts failed.
         """
         self._check_parameters()
+        check_callback(callback)
         covariance = COVARIANCES[self.covariance_type]
         group = distributed
         rows = self._validated(X, sample_weight, group)
         check_enough_rows(rows.n_positive, "n_components", self.n_components)
-        on_rows = engine(rows, covariance, self.reg_covar)
+        on_rows = engine(rows, covariance, self.reg_covar, level=logging.INFO)
         given = self._given(on_rows.rows, covariance)
         random_state = random_generator(self.random_state)
         if group is not None:
@@ -313,6 +325,7 @@ class GaussianMixture(Mixture):
         self.backend_, self.precision_ = on_rows.backend, on_rows.precision
         return self
 
+    @numpy_defaults
     @by_block
     def score_samples(self, X: Any) -> Array:
         """Log-likelihood of each row, in nats.
@@ -334,6 +347,7 @@ class GaussianMixture(Mixture):
         """
         return self._on(X, "score_samples").log_evidence()
 
+    @numpy_defaults
     @averaged
     def score(self, X: Any, y: Any = None) -> float:
         """Mean log-likelihood of a row, in nats: larger is better.
@@ -356,6 +370,7 @@ class GaussianMixture(Mixture):
         """
         return self._on(X, "score").mean_log_evidence()
 
+    @numpy_defaults
     def bic(self, X: Any) -> float:
         """Bayesian information criterion, -2 log L + p log n (Schwarz 1978): smaller is better.
 
@@ -371,6 +386,7 @@ class GaussianMixture(Mixture):
         log_likelihood, n = self._log_likelihood(X)
         return -2 * log_likelihood + self._n_parameters() * math.log(n)
 
+    @numpy_defaults
     def aic(self, X: Any) -> float:
         """Akaike information criterion, -2 log L + 2 p (Akaike 1974): smaller is better.
 
@@ -386,6 +402,7 @@ class GaussianMixture(Mixture):
         log_likelihood, _ = self._log_likelihood(X)
         return -2 * log_likelihood + 2 * self._n_parameters()
 
+    @numpy_defaults
     def sample(self, n_samples: int = 1) -> tuple[Array, Array]:
         """Draw rows from the fitted mixture.
 
@@ -421,6 +438,7 @@ class GaussianMixture(Mixture):
             asarray_like(labels, self.means_, xp.int64),
         )
 
+    @numpy_defaults
     def to_sklearn(self) -> Any:
         """The same mixture as a `sklearn.mixture.GaussianMixture`, for tools that ask for that class.
 
@@ -447,6 +465,7 @@ class GaussianMixture(Mixture):
         return _interop.to_sklearn(self, self.get_params(deep=False), _interop.attributes(self))
 
     @classmethod
+    @numpy_defaults
     def from_sklearn(cls, mixture: Any) -> Self:
         """The mixture that a `sklearn.mixture.GaussianMixture` was fitted to.
 
