@@ -237,6 +237,7 @@ class GaussianMixture(Mixture, Trained):
             callback,
             checkpoint,
             checkpoint_every,
+            {} if checkpoint is None else self._identity(rows),
             resume,
         )
         if settings.fabric is None:
@@ -247,8 +248,8 @@ class GaussianMixture(Mixture, Trained):
             )
         if settings.max_epochs and not result.converged:
             warnings.warn(
-                f"EM did not converge within {settings.max_epochs} iterations; increase trainer_params['max_epochs'] "
-                f"or convergence_tolerance (now {self.convergence_tolerance:g})",
+                f"EM did not converge within {len(result.lower_bounds)} iterations; increase "
+                f"trainer_params['max_epochs'] or convergence_tolerance (now {self.convergence_tolerance:g})",
                 ConvergenceWarning,
                 stacklevel=3,
             )
@@ -484,6 +485,7 @@ class _Run:
     callback: Callback | None
     checkpoint: str | os.PathLike[str] | None
     checkpoint_every: int
+    identity: dict[str, Any]
     resume: bool
 
     def __call__(self, rows: Rows | Stream | Share, random_state: np.random.RandomState) -> tuple[EMResult, str, str]:
@@ -494,16 +496,13 @@ class _Run:
             callback = None if callback is None else rows.group.agreed(callback)
         else:
             rows = self.settings.placed(rows)
-        checkpoint, state = opened(
-            self.checkpoint,
-            self.checkpoint_every,
-            {"num_components": self.k, "covariance_type": self.covariance_type, "shape": list(rows.shape)},
-            resume=self.resume,
-            group=group,
-        )
         max_iter = self.settings.max_epochs
         is_shown = self.settings.progress_bar and (group is None or group.rank == 0)
-        with progress_bar(is_shown, max_iter, "log-likelihood", rows.shape[0]) as bar:
+        with (
+            opened(self.checkpoint, self.checkpoint_every, self.identity, resume=self.resume, group=group) as noted,
+            progress_bar(is_shown, max_iter, "log-likelihood", rows.shape[0]) as bar,
+        ):
+            checkpoint, state = noted
             if bar is not None and isinstance(rows, Stream):
                 rows = rows.watched(bar.read)
             on_rows = engine(rows, COVARIANCES[self.covariance_type], self.reg_covar)

@@ -25,7 +25,7 @@ from gaussmix._covariance import COVARIANCES, Covariance
 from gaussmix._data import Described, Rows
 from gaussmix._dispatch import engine
 from gaussmix._distributed import Group, Share, process_group
-from gaussmix._em import Callback, EMResult, best_of
+from gaussmix._em import Callback, EMResult, best_of, is_converged
 from gaussmix._engine import Fitting
 from gaussmix._estimator import Mixture, averaged, by_block, sum_of_blocks
 from gaussmix._initialization import find_means, initialize
@@ -253,35 +253,19 @@ class GaussianMixture(Mixture):
         if group is not None:
             random_state = group.from_first(random_state)
             callback = None if callback is None else group.agreed(callback)
-        identity = {"n_components": self.n_components, "covariance_type": self.covariance_type}
-        noted, state = opened(
-            checkpoint,
-            checkpoint_every,
-            identity | {"n_init": self.n_init, "shape": list(rows.shape)},
-            resume=resume,
-            group=group,
-        )
-        run_from = partial(self._run, on_rows, checkpoint=noted, callbacks=[] if callback is None else [callback])
-        try:
-            if self.warm_start and hasattr(self, "converged_"):
-                warm = self._fitted(on_rows.rows, covariance)
-                result = run_from(0, lambda: warm, previous=self.lower_bound_, state=state)
-            else:
-                first, best = (0, None) if state is None else (state.start, state.best)
-                if state is not None and state.random_state is not None:
-                    random_state = state.random_state
-                for i in range(first, self.n_init):
-                    found = run_from(
-                        i,
-                        lambda: self._start(on_rows, given, random_state),
-                        state=state,
-                        noted=partial(_state, i, best, random_state),
-                    )
-                    best, state = found if best is None else best_of([best, found]), None
-                result = cast(EMResult, best)
-        except SingularCovarianceError as error:
-            error.args = (f"{ILL_DEFINED} Cause: {error}",)
-            raise
+        is_warm = self.warm_start and hasattr(self, "converged_")
+        warm = self._fitted(on_rows.rows, covariance) if is_warm else None
+        identity = {} if checkpoint is None else self._identity(rows, warm)
+        with opened(checkpoint, checkpoint_every, identity, resume=resume, group=group) as (noted, state):
+            run_from = partial(self._run, on_rows, checkpoint=noted, callbacks=[] if callback is None else [callback])
+            try:
+                if warm is not None:
+                    result = run_from(0, lambda: warm, previous=self.lower_bound_, state=state)
+                else:
+                    result = self._best(run_from, partial(self._start, on_rows, given), random_state, state)
+            except SingularCovarianceError as error:
+                error.args = (f"{ILL_DEFINED} Cause: {error}",)
+                raise
         if self.max_iter and not result.converged:
             warnings.warn(
                 f"{NOT_CONVERGED} Now max_iter={self.max_iter}, tol={self.tol:g}.", ConvergenceWarning, stacklevel=2
@@ -534,6 +518,37 @@ class GaussianMixture(Mixture):
             return validate_rows(self, X, reset=True, min_rows=2, sample_weight=sample_weight)
         validate = partial(validate_rows, self, X, reset=True, min_rows=0, sample_weight=sample_weight)
         return Share.of(group.all_or_none(validate), group)
+
+    def _best(
+        self,
+        run_from: Callable[..., EMResult],
+        start: Callable[[np.random.RandomState], Parameters],
+        random_state: np.random.RandomState,
+        state: State | None,
+    ) -> EMResult:
+        """The best of `n_init` starts, some of which may be done in `state`."""
+        first, before = (0, None) if state is None else (state.start, state.best)
+        if state is not None and state.random_state is not None:
+            random_state = state.random_state
+        best = before
+        for i in range(first, self.n_init):
+            noted = partial(_state, i, best, random_state)
+            found = run_from(i, partial(start, random_state), state=state, noted=noted)
+            best, state = found if best is None else best_of([best, found]), None
+        if best is not None and best is before:
+            # It was done with another tolerance, or with fewer iterations.
+            bounds = best.lower_bounds
+            best = replace(best, converged=is_converged(bounds, self.tol))
+            if not best.converged and len(bounds) < self.max_iter:
+                state = State(best, "")
+        if state is not None:
+            best = run_from(
+                self.n_init,
+                partial(start, random_state),
+                state=state,
+                noted=partial(_state, self.n_init, None, random_state),
+            )
+        return cast(EMResult, best)
 
     def _run(
         self,
