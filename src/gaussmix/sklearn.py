@@ -206,7 +206,8 @@ class GaussianMixture(Mixture):
             float32, half precision becomes float32, integers become float64; sums run in float64 in any case.
             Read block by block, anew in each pass (about three for the start, one an iteration), and never all in
             memory: `numpy.memmap`, `h5py.Dataset` and `zarr.Array`; a torch `Dataset` or `DataLoader`; any object that
-            gives blocks of rows, or tuples that begin with one, each time it is iterated over; a Dask array.
+            gives blocks of rows, or tuples that begin with one, each time it is iterated over; a Dask array. They
+            have to give the same rows each time, with `sample_weight` in the same order.
         y : None
             Ignored; there for pipelines.
         sample_weight : array-like of shape (n,), optional
@@ -217,11 +218,13 @@ class GaussianMixture(Mixture):
             runs in). The fit ends with what it has where the answer is true.
         checkpoint : str or os.PathLike, optional
             A file that says where the fit stands, written every `checkpoint_every` iterations and at its end; always
-            whole, whatever interrupts the fit.
+            whole, whatever interrupts the fit. It takes the place of another checkpoint, of no other file, and belongs
+            to one fit at a time.
         checkpoint_every : int, default 10
             Iterations between two of them.
         resume : bool, default False
             Go on from `checkpoint` where there is such a file: the result is that of a fit that was not interrupted.
+            Rows, weights and settings have to be the same, but for the tolerance and the largest number of iterations.
         distributed : "torch" or torch.distributed.ProcessGroup, optional
             X is this process's share of the rows, which may be none: the processes that torchrun started, or those of
             the group, fit one mixture to all of them. Attributes are the same in every process.
