@@ -1,5 +1,6 @@
 """Callbacks, and checkpoints: an interrupted fit goes on to what it would have been, from a file that is whole."""
 
+import functools
 import json
 import os
 import pickle
@@ -15,12 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from sklearn.exceptions import ConvergenceWarning
 
 import oracle
 from cases import assert_close, blobs, start_for
-from gaussmix import GaussianMixture
+from gaussmix import GaussianMixture, _files
 from gaussmix._arrays import to_numpy
-from gaussmix._checkpoint import Checkpoint
+from gaussmix._checkpoint import Checkpoint, _digest, opened
 from gaussmix._covariance import COVARIANCES
 from gaussmix._data import slices
 from gaussmix.sklearn import GaussianMixture as SklearnMixture
@@ -112,7 +114,7 @@ def test_a_resumed_fit_is_that_of_an_uninterrupted_one(library, dtype, is_in_blo
 def test_every_start(tmp_path, init_strategy):
     estimator = mixture(init_strategy=init_strategy)
     interrupted(estimator, X, 4, tmp_path / "fit", checkpoint_every=3)
-    found = estimator.clone().set_params(random_state=99)  # the start is in the file
+    found = estimator.clone()
     assert_same_fit(found.fit(X, checkpoint=tmp_path / "fit", resume=True), estimator.fit(X))
 
 
@@ -240,7 +242,7 @@ def test_more_iterations_go_on(tmp_path, cls):
 @ESTIMATORS
 def test_no_iterations(tmp_path, cls):
     expected = mixture(cls, max_iter=0).fit(X, checkpoint=tmp_path / "fit")
-    found = mixture(cls, max_iter=0, random_state=1).fit(X, checkpoint=tmp_path / "fit", resume=True)
+    found = mixture(cls, max_iter=0).fit(X, checkpoint=tmp_path / "fit", resume=True)
     assert_same_fit(found, expected)
     assert_same_fit(mixture(cls).fit(X, checkpoint=tmp_path / "fit", resume=True), mixture(cls).fit(X))
 
@@ -284,7 +286,7 @@ def test_a_write_that_fails_leaves_the_file_before(tmp_path, monkeypatch, cls):
     def fail(source, target):
         writes.append(Path(source).stat().st_size)
         if len(writes) == 4:  # after the start and two iterations
-            raise OSError("the disk is full")
+            raise OSError(28, "the disk is full")
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fail)
@@ -292,7 +294,7 @@ def test_a_write_that_fails_leaves_the_file_before(tmp_path, monkeypatch, cls):
         mixture(cls).fit(X, checkpoint=path, checkpoint_every=1)
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["fit"]
-    assert len(metadata_of(path)["reached"]["lower_bounds"]) == 2
+    assert len(metadata_of(path)["reached"]) == 2
     assert_same_fit(mixture(cls).fit(X, checkpoint=path, resume=True), mixture(cls).fit(X))
 
 
@@ -363,6 +365,7 @@ def saved(request, tmp_path):
 
 
 ANEW = r"fit\.checkpoint.*; pass resume=False to start anew over it, or another path"
+REMOVE = r"fit\.checkpoint.*; remove it to start anew, or pass another path"
 
 
 def test_a_truncated_file(saved):
@@ -371,7 +374,7 @@ def test_a_truncated_file(saved):
     header = int.from_bytes(content[:8], "little") + 8
     for length in (0, 4, 8, 100, header - 1, header, header + 1, len(content) - 100, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=f"is damaged.*{ANEW.partition(';')[2]}") as error:
+        with pytest.raises(ValueError, match=f"is damaged.*{REMOVE.partition(';')[2]}") as error:
             resume()
         assert str(path) in str(error.value)
     path.write_bytes(content)
@@ -388,20 +391,461 @@ def test_a_flipped_bit(saved):
         flipped = bytearray(content)
         flipped[place] ^= 1 << rng.randint(8)
         path.write_bytes(flipped)
-        with pytest.raises(ValueError, match=ANEW):
+        with pytest.raises(ValueError, match=REMOVE):
             resume()
 
 
-def test_a_checkpoint_of_another_fit(saved, covariance):
-    path, resume = saved
-    for other in ({"k": 2}, {"covariance_type": "tied"}, {"x": X[1:]}, {"x": X[:, :1]}):
-        with pytest.raises(ValueError, match=f"is the checkpoint of another fit .*{ANEW.partition('.*')[2]}"):
-            resume(**other)
+@functools.cache
+def finished():
+    """The content of a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        mixture(SklearnMixture, max_iter=2, n_init=2).fit(X, checkpoint=Path(folder) / "fit")
+        return (Path(folder) / "fit").read_bytes()
+
+
+@settings(max_examples=60)
+@given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_any_flipped_bit(at, bit):
+    """Is refused, wherever it is."""
+    estimator = mixture(SklearnMixture, max_iter=2, n_init=2)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fit"
+        flipped = bytearray(finished())
+        flipped[int(at * len(flipped))] ^= 1 << bit
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=str(path)):
+            estimator.fit(X, checkpoint=path, resume=True)
+        assert path.read_bytes() == flipped
+        assert os.listdir(folder) == ["fit"]
+
+
+# Another fit
+
+
+MEANS = X[[3, 77, 150]]
+WEIGHT = np.random.RandomState(0).uniform(0.5, 2, size=len(X))
+# What was changed, for both classes, and what the error says of it.
+OTHERS = {
+    "rows": ({"x": X + 1000}, "the data or its weights;"),
+    "a row": ({"x": np.where(X[17, 1] == X, 0.5, X)}, "the data or its weights;"),
+    "weights": ({"sample_weight": WEIGHT}, "the data or its weights;"),
+    "number of rows": ({"x": X[1:]}, r"shape is \[211, 2\] there and \[210, 2\] here; the data or its weights;"),
+    "number of features": ({"x": X[:, :1]}, r"shape is \[211, 2\] there and \[211, 1\] here; the data"),
+    "dtype": ({"x": X.astype(np.float32)}, "dtype is 'float64' there and 'float32' here; the data or its weights;"),
+    "random_state": ({"random_state": 1}, "random_state is 0 there and 1 here;"),
+    "k": ({"k": 2}, r"n\w*_components is 3 there and 2 here;"),
+    "covariance_type": ({"covariance_type": "tied"}, "covariance_type is '.*' there and 'tied' here;"),
+}
+OTHERS_OF = {
+    GaussianMixture: {
+        "regularisation": (
+            {"covariance_regularization": 1e-2},
+            "covariance_regularization is 1e-06 there and 0.01 here;",
+        ),
+        "start": ({"init_strategy": "random"}, "init_strategy is 'kmeans' there and 'random' here;"),
+        "means": ({"init_means": MEANS}, "init_means is None there and .*sha256.* here;"),
+    },
+    SklearnMixture: {
+        "regularisation": ({"reg_covar": 1e-2}, "reg_covar is 1e-06 there and 0.01 here;"),
+        "start": ({"init_params": "random"}, "init_params is 'kmeans' there and 'random' here;"),
+        "means": ({"means_init": MEANS}, "means_init is None there and .*sha256.* here;"),
+        "mixing weights": ({"weights_init": [0.2, 0.3, 0.5]}, "weights_init is None there"),
+        "precisions": (
+            {"precisions_init": np.ones((3, 2)), "covariance_type": "diag"},
+            "precisions_init is None there",
+        ),
+        "starts": ({"n_init": 3}, "n_init is 1 there and 3 here;"),
+    },
+}
+
+
+@pytest.mark.parametrize("is_in_blocks", [False, True], ids=["in memory", "in blocks"])
+@ESTIMATORS
+def test_a_checkpoint_of_another_fit(tmp_path, cls, is_in_blocks):
+    path = tmp_path / "fit.checkpoint"
+
+    def fit(x=X, sample_weight=None, resume=False, **params):
+        params = {"covariance_type": "diag", "max_iter": 3} | params
+        data = InBlocks(x) if is_in_blocks else x
+        return mixture(cls, **params).fit(data, sample_weight=sample_weight, checkpoint=path, resume=resume)
+
+    fit()
     before = path.read_bytes()
-    if "n_init" in metadata_of(path)["identity"]:
-        with pytest.raises(ValueError, match=r"of another fit \({'n_init': 2}, not {'n_init': 3}\)"):
-            resume(n_init=3)
-    assert path.read_bytes() == before
+    for other, message in (OTHERS | OTHERS_OF[cls]).values():
+        with pytest.raises(
+            ValueError, match=f"is the checkpoint of another fit, which differs in: {message}.* pass resum"
+        ):
+            fit(**other, resume=True)
+        assert path.read_bytes() == before
+    fit(sample_weight=WEIGHT)
+    for weight in (None, WEIGHT[::-1]):
+        with pytest.raises(ValueError, match="differs in: the data or its weights;"):
+            fit(sample_weight=weight, resume=True)
+    fit(sample_weight=WEIGHT, resume=True, max_iter=5)
+
+
+def test_a_warm_start_from_other_parameters(tmp_path):
+    path, params = tmp_path / "fit.checkpoint", dict(max_iter=3, warm_start=True)
+    one = mixture(SklearnMixture, **params).fit(X)
+    two = mixture(SklearnMixture, **params).fit(X[::-1] + 1)
+    one.fit(X, checkpoint=path)
+    for other in (two, mixture(SklearnMixture, **params), mixture(SklearnMixture, max_iter=3)):
+        with pytest.raises(
+            ValueError, match=r"differs in: warm_start is .*sha256.* there and .* here; pass resume=False"
+        ):
+            other.fit(X, checkpoint=path, resume=True)
+    # Where there is nothing to go on from, the setting says nothing.
+    mixture(SklearnMixture, **params).fit(X, checkpoint=path)
+    mixture(SklearnMixture, max_iter=3).fit(X, checkpoint=path, resume=True)
+
+
+@pytest.mark.parametrize("cls", [GaussianMixture, SklearnMixture])
+def test_the_same_rows_elsewhere(tmp_path, library, dtype, cls):
+    """In another library, and as a stream: the fit goes on."""
+    x, estimator = X.astype(dtype), mixture(cls)
+    expected = estimator.clone().fit(x, sample_weight=WEIGHT)
+    for data in (library.asarray(x), InBlocks(library.asarray(x)), InBlocks(library.asarray(x), 33)):
+        interrupted(estimator, x, 4, tmp_path / "fit", sample_weight=WEIGHT)
+        seen = []
+        found = estimator.clone()
+        resumed = dict(checkpoint=tmp_path / "fit", resume=True, callback=noting(seen))
+        found.fit(data, sample_weight=library.asarray(WEIGHT), **resumed)
+        assert seen[0] == 1 or library.name == "numpy"
+        assert library.owns(found.means_)
+        for name in ARRAYS:
+            assert_close(to_numpy(getattr(found, name)), getattr(expected, name), 1e-4 if dtype == "float32" else 1e-9)
+
+
+def test_the_same_rows_of_a_dask_array(tmp_path):
+    da = pytest.importorskip("dask.array")
+    estimator = mixture()
+    interrupted(estimator, X, 4, tmp_path / "fit", checkpoint_every=2)
+    found = estimator.clone().fit(da.from_array(X, chunks=(50, -1)), checkpoint=tmp_path / "fit", resume=True)
+    assert_close(found.means_, estimator.clone().fit(X).means_, 1e-9)
+    with pytest.raises(ValueError, match="differs in: the data or its weights;"):
+        estimator.fit(da.from_array(X + 1, chunks=(50, -1)), checkpoint=tmp_path / "fit", resume=True)
+
+
+# Another end
+
+
+@ESTIMATORS
+def test_a_tighter_tolerance_goes_on(tmp_path, cls):
+    loose = mixture(cls, tol=1e-1, max_iter=200).fit(X, checkpoint=tmp_path / "fit")
+    assert loose.converged_
+    found, expected = mixture(cls, tol=1e-6, max_iter=200), mixture(cls, tol=1e-6, max_iter=200).fit(X)
+    found.fit(X, checkpoint=tmp_path / "fit", resume=True)
+    assert_same_fit(found, expected)
+    assert len(found.lower_bounds_) > len(loose.lower_bounds_)
+    # And a looser one is content with what is there.
+    seen = []
+    again = mixture(cls, tol=1e-1, max_iter=200)
+    again.fit(X, checkpoint=tmp_path / "fit", resume=True, callback=noting(seen))
+    assert_same_fit(again, expected, 0)
+    assert not seen
+
+
+@ESTIMATORS
+def test_fewer_iterations_than_there_are(tmp_path, cls):
+    expected = mixture(cls).fit(X, checkpoint=tmp_path / "fit")
+    before = (tmp_path / "fit").read_bytes()
+    with pytest.warns(ConvergenceWarning, match="did not converge"):
+        found = mixture(cls, max_iter=2).fit(X, checkpoint=tmp_path / "fit", resume=True)
+    assert_same_fit(found, expected, 0)
+    assert (tmp_path / "fit").read_bytes() == before
+
+
+def test_the_best_of_starts_that_are_done_goes_on(tmp_path):
+    """Also where it is interrupted again."""
+    params = dict(n_init=3, init_params="random_from_data", k=4, random_state=4)
+    loose = mixture(SklearnMixture, tol=1e-2, max_iter=200, **params).fit(X, checkpoint=tmp_path / "fit")
+    assert metadata_of(tmp_path / "fit")["start"] == 2
+    tight = mixture(SklearnMixture, tol=1e-7, max_iter=500, **params)
+    content, seen = (tmp_path / "fit").read_bytes(), []
+    expected = tight.clone()
+    expected.fit(X, checkpoint=tmp_path / "fit", resume=True, callback=noting(seen))
+    assert expected.converged_
+    assert expected.lower_bounds_[: loose.n_iter_] == loose.lower_bounds_
+    (tmp_path / "fit").write_bytes(content)
+    last = dict(checkpoint=tmp_path / "fit", resume=True, checkpoint_every=1, callback=interrupt_at(len(seen) - 1))
+    with pytest.raises(InterruptionError):
+        tight.clone().fit(X, **last)
+    assert metadata_of(tmp_path / "fit")["start"] == 3
+    assert_same_fit(tight.clone().fit(X, checkpoint=tmp_path / "fit", resume=True), expected)
+
+
+# Two fits
+
+
+@ESTIMATORS
+@pytest.mark.skipif(sys.platform == "win32", reason="fcntl is Unix's")
+def test_two_fits_at_a_time(tmp_path, cls):
+    path, refused = tmp_path / "fit", []
+
+    def fit_again(iteration, *_):
+        for resume in (False, True):
+            with pytest.raises(
+                ValueError, match=r"checkpoint=.*fit' belongs to a fit that is running; wait for it, or"
+            ):
+                mixture(cls).fit(X, checkpoint=path, resume=resume)
+            refused.append(iteration)
+        mixture(cls, max_iter=1).fit(X, checkpoint=tmp_path / "other")
+
+    found = mixture(cls, max_iter=2).fit(X, checkpoint=path, callback=fit_again)
+    assert refused == [1, 1, 2, 2]
+    assert_same_fit(found, mixture(cls, max_iter=2).fit(X))
+    assert sorted(os.listdir(tmp_path)) == ["fit", "other"]
+
+
+LOCKED = """
+import os, sys
+from pathlib import Path
+from gaussmix._files import locked
+
+with locked(Path(sys.argv[1])) as is_own:
+    print(is_own, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="fcntl is Unix's")
+def test_a_process_that_was_killed_locks_nobody_out(tmp_path):
+    path = tmp_path / "fit"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(
+        [sys.executable, "-c", LOCKED, str(path)], env=environment, stdin=-1, stdout=-1, text=True
+    ) as script:
+        assert script.stdout.readline() == "True\n"
+        with pytest.raises(ValueError, match="belongs to a fit that is running"):
+            mixture().fit(X, checkpoint=path)
+        script.kill()
+    assert os.listdir(tmp_path) == [".fit-lock"]
+    mixture(max_iter=1).fit(X, checkpoint=path)
+    assert os.listdir(tmp_path) == ["fit"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def fail(*_):
+        raise OSError(95, "not supported")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    mixture(max_iter=1).fit(X, checkpoint=tmp_path / "fit")
+    monkeypatch.setattr(_files, "fcntl", None)
+    mixture(max_iter=1).fit(X, checkpoint=tmp_path / "fit", resume=True)
+    assert os.listdir(tmp_path) == ["fit"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="fcntl is Unix's")
+def test_a_lock_that_is_removed_while_it_is_waited_for(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    flock, removed = fcntl.flock, []
+
+    def slow(descriptor, how):
+        if not removed:
+            removed.append((tmp_path / ".fit-lock").unlink())
+        return flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with _files.locked(tmp_path / "fit") as is_own:
+        assert is_own
+        with _files.locked(tmp_path / "fit") as is_own:
+            assert not is_own
+    assert not os.listdir(tmp_path)
+
+
+class Ranks:
+    """What a checkpoint asks of a group of processes, in one of them alone."""
+
+    def __init__(self, rank):
+        self.rank, self.errors = rank, []
+
+    def all_or_none(self, function):
+        try:
+            return function()
+        except Exception as error:
+            self.errors.append(error)
+            raise
+
+    def from_first(self, value):
+        return value
+
+
+def test_in_a_group_the_first_process_alone_touches_the_file(tmp_path):
+    (tmp_path / "theirs").write_text("a letter")
+    for rank in (0, 1):
+        group = Ranks(rank)
+        if rank == 1:
+            with opened(tmp_path / "theirs", 1, {}, resume=True, group=group) as (_, state):
+                assert state is None
+                assert os.listdir(tmp_path) == ["theirs"]
+            continue
+        with (
+            pytest.raises(ValueError, match="theirs"),
+            opened(tmp_path / "theirs", 1, {}, resume=True, group=group),
+        ):
+            pass
+        # Seen by the others: it was raised where all of them wait.
+        assert len(group.errors) == 1
+        assert os.listdir(tmp_path) == ["theirs"]
+
+
+# Files that somebody made
+
+
+def crafted(path, change):
+    """Write the checkpoint anew with other arrays and metadata, and digests that fit them."""
+    metadata, arrays = metadata_of(path), load_file(path)
+    del metadata["digest"], metadata["sha256"]
+    change(metadata, arrays)
+    path.write_bytes(_files.with_arrays(arrays, metadata | {"digest": _digest(metadata)}))
+
+
+def setting(name, value):
+    return lambda metadata, arrays: metadata.update({name: value})
+
+
+def array(name, change):
+    return lambda metadata, arrays: arrays.update({name: change(arrays[name])})
+
+
+def first_to(value):
+    def change(x):
+        x = x.copy()
+        x.flat[0] = value
+        return x
+
+    return change
+
+
+def random_numbers(*state):
+    return setting("random_state", list(state))
+
+
+CRAFTED = {
+    "a position beyond the end": random_numbers("MT19937", 10**6, 0, 0.0),
+    "a position before the beginning": random_numbers("MT19937", -1, 0, 0.0),
+    "a position that is no integer": random_numbers("MT19937", 1.5, 0, 0.0),
+    "a huge position": random_numbers("MT19937", 10**400, 0, 0.0),
+    "another generator": random_numbers("PCG64", 0, 0, 0.0),
+    "a number that may be there": random_numbers("MT19937", 0, 7, 0.0),
+    "a number that is none": random_numbers("MT19937", 0, 1, float("nan")),
+    "too few random numbers": random_numbers("MT19937"),
+    "short keys": array("random_state", lambda keys: keys[:10]),
+    "long keys": array("random_state", lambda keys: keys.astype(np.uint64)),
+    "no keys": lambda metadata, arrays: arrays.pop("random_state"),
+    "a start before the first": setting("start", -1),
+    "a start after the last": setting("start", 10**400),
+    "a start that is no integer": setting("start", 1.0),
+    "a start that is true": setting("start", True),
+    "no start": lambda metadata, arrays: metadata.pop("start"),
+    "no best": lambda metadata, arrays: metadata.pop("best"),
+    "a form": setting("form", "imagined"),
+    "a form that is no word": setting("form", ["centred-float64"]),
+    "bounds that are infinite": setting("reached", [-3.0, float("inf")]),
+    "bounds that are words": setting("reached", ["-3.0"]),
+    "bounds that are huge": setting("reached", [-3.0, 10**400]),
+    "bounds that are no list": setting("best", {"lower_bounds": []}),
+    "no bounds": lambda metadata, arrays: metadata.pop("reached"),
+    "weights": array("reached.weights", first_to(-0.1)),
+    "weights that are NaN": array("best.weights", first_to(np.nan)),
+    "weights without a sum of 1": array("reached.weights", lambda weights: 2 * weights),
+    "weights of another number": array("reached.weights", lambda weights: np.full(4, 0.25)),
+    "means": array("reached.means", lambda means: means[:, :1]),
+    "means of another dtype": array("best.means", lambda means: means.astype(np.float32)),
+    "means that are infinite": array("reached.means", first_to(np.inf)),
+    "means that are missing": lambda metadata, arrays: arrays.pop("reached.means"),
+    "covariances": array("reached.covariances", lambda covariances: covariances[..., 0]),
+    "covariances below 0": array("reached.covariances", first_to(-1.0)),
+    "factors": array("best.precision_cholesky", lambda factors: factors[:1]),
+    "factors of 0": array("reached.precision_cholesky", first_to(0.0)),
+}
+
+
+@pytest.mark.parametrize("how", CRAFTED)
+def test_what_a_checkpoint_can_not_say(tmp_path, covariance, how):
+    path = tmp_path / "fit.checkpoint"
+    estimator = mixture(SklearnMixture, n_init=2, max_iter=2, covariance_type=covariance.name)
+    estimator.clone().fit(X, checkpoint=path)
+    crafted(path, CRAFTED[how])
+    with pytest.raises(ValueError, match=f"is damaged: .*{REMOVE.partition('.*')[2]}"):
+        estimator.fit(X, checkpoint=path, resume=True)
+    assert not hasattr(estimator, "means_")
+    assert os.listdir(tmp_path) == ["fit.checkpoint"]
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"a":' * 200_000, "1" * 10_000, '{"format": 1, "identity": []}', "1e999"]
+)
+def test_metadata_that_is_none(saved, text):
+    path, resume = saved
+    save_file({"x": np.zeros(1)}, path, {"gaussmix": text})
+    with pytest.raises(ValueError, match=REMOVE):
+        resume()
+
+
+# What is written over
+
+
+@ESTIMATORS
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_fit_writes_over_nothing_but_a_checkpoint(tmp_path, cls, resume):
+    GaussianMixture(2, random_state=0).fit(X).save(tmp_path)
+    (tmp_path / "letter").write_text("dear")
+    save_file({"means": X}, tmp_path / "theirs")
+    (tmp_path / "link").symlink_to(tmp_path / "letter")
+    (tmp_path / "new").symlink_to(tmp_path / "nothing")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    cases = {
+        "model.safetensors": "model.safetensors is no checkpoint of this version of gaussmix; remove it",
+        "theirs": "theirs is no checkpoint of this version of gaussmix; remove it",
+        "letter": "letter is damaged: .*; remove it to start anew",
+        "link": "checkpoint=.*link' is a link, which would be replaced; pass the path that it leads to",
+        "new": "checkpoint=.*new' is a link",
+    }
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        cases["pipe"] = "checkpoint=.*pipe' is a pipe or a device; pass the path of a file"
+        cases["/dev/null"] = "checkpoint='/dev/null' is a pipe or a device"
+    there = sorted(os.listdir(tmp_path))
+    for name, message in cases.items():
+        seen = []
+        with pytest.raises(ValueError, match=message):
+            mixture(cls).fit(X, checkpoint=tmp_path / name, resume=resume, callback=noting(seen))
+        assert not seen
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(os.listdir(tmp_path)) == there
+
+
+def test_an_empty_file_is_written_over(tmp_path):
+    (tmp_path / "fit").touch()
+    mixture(max_iter=2).fit(X, checkpoint=tmp_path / "fit")
+    mixture(max_iter=2).fit(X, checkpoint=tmp_path / "fit", resume=True)
+
+
+@ESTIMATORS
+def test_paths(tmp_path, cls, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (b"bytes", "text", Path("path")):
+        mixture(cls, max_iter=2).fit(X, checkpoint=path)
+        mixture(cls, max_iter=2).fit(X, checkpoint=path, resume=True)
+    assert sorted(os.listdir(tmp_path)) == ["bytes", "path", "text"]
+    for path in (7, True, ["fit"]):
+        with pytest.raises(TypeError, match="checkpoint must be the path of a file, got"):
+            mixture(cls).fit(X, checkpoint=path)
+    with pytest.raises(ValueError, match="has a null character in it"):
+        mixture(cls).fit(X, checkpoint="a\0b")
+
+
+def test_what_killed_writes_left_is_removed_once_it_is_old(tmp_path):
+    old, new, theirs = (tmp_path / name for name in (".fit.abcdefgh.aside", ".fit.12345678.aside", ".fit.settings"))
+    for path in (old, new, theirs):
+        path.write_text("x")
+    for path in (old, theirs):
+        os.utime(path, (0, time.time() - 2 * _files.ABANDONED))
+    mixture(max_iter=1).fit(X, checkpoint=tmp_path / "fit")
+    assert sorted(os.listdir(tmp_path)) == [new.name, theirs.name, "fit"]
 
 
 def test_a_checkpoint_of_the_other_class(tmp_path):
@@ -417,10 +861,10 @@ def test_files_of_others(saved, tmp_path):
     save_file({"means": X}, tmp_path / "theirs")
     for other in ("model/model.safetensors", "theirs"):
         path.write_bytes((tmp_path / other).read_bytes())
-        with pytest.raises(ValueError, match=f"is no checkpoint of this version.*{ANEW.partition('.*')[2]}"):
+        with pytest.raises(ValueError, match=f"is no checkpoint of this version.*{REMOVE.partition('.*')[2]}"):
             resume()
     path.write_text("weights: 1, 2, 3")
-    with pytest.raises(ValueError, match=ANEW):
+    with pytest.raises(ValueError, match=REMOVE):
         resume()
 
 

@@ -91,7 +91,7 @@ def test_a_fingerprint_knows_neither_library_nor_order_nor_blocks(library, dtype
 def test_a_fingerprint_of_many_blocks(dtype, monkeypatch):
     x, weight = blobs(n=100).astype(dtype), np.arange(100.0)
     expected = fingerprint(x), fingerprint(x, weight)
-    monkeypatch.setattr(_data, "PRINTED_ELEMENTS", 17)
+    monkeypatch.setattr(_data, "PRINTED_ROWS", 17)
     assert (fingerprint(x), fingerprint(x, weight)) == expected
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -97,6 +98,18 @@ def test_an_interrupted_save_leaves_a_whole_estimator(tmp_path, monkeypatch, ste
     assert loaded.num_components == expected.num_components
     assert np.array_equal(loaded.means_, expected.means_)
     assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "params.json"]
+
+
+def test_what_killed_writes_left_is_removed_once_it_is_old(tmp_path):
+    (tmp_path / "settings.json").touch()
+    for name in ("model.safetensors", "params.json"):
+        for age in ("old", "new"):
+            path = tmp_path / f".{name}.{age}45678.aside"
+            path.touch()
+            os.utime(path, (0, time.time() - (7200 if age == "old" else 60)))
+    GaussianMixture(2, random_state=0).fit(X).save(tmp_path)
+    there = [".model.safetensors.new45678.aside", ".params.json.new45678.aside"]
+    assert sorted(os.listdir(tmp_path)) == [*there, "model.safetensors", "params.json", "settings.json"]
 
 
 def test_nothing_there(tmp_path):

@@ -6,25 +6,35 @@ The file is safetensors with JSON in its metadata, as saved estimators are: noth
 import dataclasses
 import math
 import os
+import re
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from gaussmix._arrays import to_numpy
+from gaussmix._covariance import COVARIANCES
 from gaussmix._distributed import Group
-from gaussmix._em import Callback, EMResult, return_to, run_em
+from gaussmix._em import Callback, EMResult, is_converged, return_to, run_em
 from gaussmix._engine import Fitting
-from gaussmix._files import damaged, read_arrays, replace, with_arrays
+from gaussmix._files import damaged, locked, read_arrays, replace, with_arrays
 from gaussmix._parameters import Parameters
 from gaussmix._validation import check_integer
 
-FORMAT = 1
+# 1 did not say which rows and settings it was of.
+FORMAT = 2
 PARAMETERS = ("weights", "means", "covariances", "precision_cholesky")
-START_ANEW = "pass resume=False to start anew over it, or another path"
+# What `_dispatch`'s implementations call the forms of their E-steps.
+FORMS = re.compile(r"(centred|expanded)-float(16x3|32|64)")
+# What of an identity is a fingerprint.
+DATA = "the data or its weights"
+REMOVE_IT = "remove it to start anew, or pass another path"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,30 +51,37 @@ class State:
 class Checkpoint:
     """A file in which a fit notes where it stands, every so many iterations.
 
-    `identity` says what the fit is of: a file of another fit is refused.
+    `identity` says what the fit is of: a file of another fit is refused. In a group, the first process reads and
+    writes, and what it fails with is raised in all of them.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], every: int, identity: dict[str, Any], *, writes: bool = True
+        self, path: str | bytes | os.PathLike[Any], every: int, identity: dict[str, Any], group: Group | None = None
     ) -> None:
         check_integer("checkpoint_every", every, 1)
-        self._writes = writes
-        self.path, self.every, self._identity = Path(path), every, identity
-        if self.path.is_dir():
-            raise IsADirectoryError(f"checkpoint={str(path)!r} is a directory; pass the path of a file")
-        with self._written():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path = Path(os.fsdecode(path))
+        except TypeError as error:
+            raise TypeError(f"checkpoint must be the path of a file, got {path!r}") from error
+        if "\0" in str(self.path):
+            raise ValueError(f"checkpoint={path!r} has a null character in it, which no path has; pass another one")
+        self.every, self._identity, self._group = every, identity, group
 
     def save(self, state: State) -> None:
-        """Write the file aside and rename it, in the process whose task it is."""
-        if not self._writes:
-            return
+        """Write the file aside and rename it."""
+        self.in_first(lambda: self._write(state))
+
+    def in_first(self, function: Callable[[], T]) -> T | None:
+        """What the function gives in the only process, or the first one; None in the others."""
+        return function() if self._group is None or self._group.rank == 0 else None
+
+    def _write(self, state: State) -> None:
         arrays = _arrays("reached", state.reached)
         metadata: dict[str, Any] = {"format": FORMAT, "identity": self._identity, "form": state.form}
-        metadata |= {"start": state.start, "reached": _history(state.reached)}
+        metadata |= {"start": state.start, "reached": state.reached.lower_bounds}
         if state.best is not None:
             arrays |= _arrays("best", state.best)
-            metadata["best"] = _history(state.best)
+            metadata["best"] = state.best.lower_bounds
         if state.random_state is not None:
             name, keys, *rest = state.random_state.get_state(legacy=True)
             arrays["random_state"] = keys
@@ -81,62 +98,141 @@ class Checkpoint:
             why = f"checkpoint={str(self.path)!r} can not be written ({error}); pass a path where it can be"
             raise type(error)(error.errno, why) from error
 
-    def load(self) -> State | None:
-        """Where the fit stood; None where nothing was saved yet."""
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """The path for this fit alone; raises where what is there is no file that a checkpoint could replace."""
+        name = f"checkpoint={str(self.path)!r}"
+        if self.path.is_dir():
+            raise IsADirectoryError(f"{name} is a directory; pass the path of a file")
+        if self.path.is_symlink():
+            raise ValueError(f"{name} is a link, which would be replaced; pass the path that it leads to")
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{name} is a pipe or a device; pass the path of a file")
+        with ExitStack() as stack:
+            with self._written():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                is_own = stack.enter_context(locked(self.path))
+            if not is_own:
+                raise ValueError(f"{name} belongs to a fit that is running; wait for it, or pass another path")
+            yield
+
+    def read(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The arrays and the metadata; None where nothing was saved yet. Raises for a file that is no checkpoint."""
         if not self.path.exists():
             return None
-        arrays, metadata = read_arrays(self.path, START_ANEW)
-        if not isinstance(metadata, dict) or metadata.get("format") != FORMAT or "identity" not in metadata:
-            raise ValueError(f"{self.path} is no checkpoint of this version of gaussmix; {START_ANEW}")
-        differing = [name for name, value in self._identity.items() if metadata["identity"].get(name) != value]
+        arrays, metadata = read_arrays(self.path, REMOVE_IT)
+        if not isinstance(metadata, dict) or not isinstance(metadata.get("identity"), dict):
+            raise ValueError(f"{self.path} is no checkpoint; {REMOVE_IT}")
+        return arrays, metadata
+
+    def load(self) -> State | None:
+        """Where the fit stood; None where nothing was saved yet."""
+        found = self.read()
+        if found is None:
+            return None
+        arrays, metadata = found
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{self.path} is no checkpoint of this version of gaussmix; {REMOVE_IT}")
+        there = metadata["identity"]
+        differing = [
+            f"{name} is {reprlib.repr(there.get(name))} there and {reprlib.repr(value)} here" if name != DATA else DATA
+            for name, value in self._identity.items()
+            if there.get(name) != value
+        ]
         if differing:
-            there = {name: metadata["identity"].get(name) for name in differing}
-            here = {name: self._identity[name] for name in differing}
-            raise ValueError(f"{self.path} is the checkpoint of another fit ({there}, not {here}); {START_ANEW}")
+            raise ValueError(
+                f"{self.path} is the checkpoint of another fit, which differs in: {'; '.join(differing)}; pass "
+                "resume=False to start anew over it, or another path"
+            )
         try:
-            random_state = None
-            if "random_state" in metadata:
-                name, *rest = metadata["random_state"]
-                random_state = np.random.RandomState()
-                random_state.set_state((name, arrays["random_state"], *rest))
-            best = _result("best", arrays, metadata["best"]) if "best" in metadata else None
-            reached = _result("reached", arrays, metadata["reached"])
-            return State(reached, metadata["form"], metadata["start"], best, random_state)
-        except (KeyError, TypeError, ValueError) as error:
-            raise damaged(self.path, error, START_ANEW) from error
+            return _state(arrays, metadata)
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise damaged(self.path, f"{type(error).__name__}: {error}", REMOVE_IT) from error
 
 
 def _arrays(prefix: str, result: EMResult) -> dict[str, Any]:
-    return {f"{prefix}.{name}": to_numpy(getattr(result.parameters, name)) for name in PARAMETERS}
+    return {
+        f"{prefix}.{name}": to_numpy(getattr(result.parameters, name)).astype(np.float64, copy=False)
+        for name in PARAMETERS
+    }
 
 
-def _history(result: EMResult) -> dict[str, Any]:
-    return {"lower_bounds": result.lower_bounds, "converged": result.converged}
+# What is loaded: whoever wrote it, nothing else passes.
 
 
-def _result(prefix: str, arrays: dict[str, Any], history: dict[str, Any]) -> EMResult:
-    return EMResult(Parameters(*(arrays[f"{prefix}.{name}"] for name in PARAMETERS)), **history)
+def _state(arrays: dict[str, Any], metadata: dict[str, Any]) -> State:
+    start, n_starts = metadata["start"], metadata["identity"].get("n_init", 1)
+    _require(type(start) is int and 0 <= start <= n_starts, "the number of starts that are done")
+    _require("best" not in metadata or start > 0, "the best start")
+    _require(FORMS.fullmatch(metadata["form"]) is not None, "the form of the E-step")
+    best = _result("best", arrays, metadata) if "best" in metadata else None
+    random_state = _generator(arrays, metadata["random_state"]) if "random_state" in metadata else None
+    return State(_result("reached", arrays, metadata), metadata["form"], start, best, random_state)
 
 
+def _result(prefix: str, arrays: dict[str, Any], metadata: dict[str, Any]) -> EMResult:
+    bounds, identity = metadata[prefix], metadata["identity"]
+    is_list = isinstance(bounds, list) and all(type(bound) is float and math.isfinite(bound) for bound in bounds)
+    _require(is_list, "the lower bounds")
+    parameters = Parameters(*(arrays[f"{prefix}.{name}"] for name in PARAMETERS))
+    k, d = identity.get("num_components", identity.get("n_components")), identity["shape"][1]
+    covariance = COVARIANCES[identity["covariance_type"]]
+    stored = covariance.shape(k, d)
+    for name, shape in zip(PARAMETERS, ((k,), (k, d), stored, stored), strict=True):
+        value = getattr(parameters, name)
+        _require(value.shape == shape and value.dtype == np.float64 and np.isfinite(value).all(), name)
+    weights = parameters.weights
+    _require(weights.min() >= 0 and abs(weights.sum() - 1) < 1e-4, "the sum of the weights")
+    for value in (parameters.covariances, parameters.precision_cholesky):
+        _require(covariance.variances(value).min() > 0, "the sign of variances")
+    return EMResult(parameters, bounds, converged=False)
+
+
+def _generator(arrays: dict[str, Any], rest: Any) -> np.random.RandomState:
+    keys, (name, position, has_gauss, gauss) = arrays["random_state"], rest
+    _require(name == "MT19937" and keys.dtype == np.uint32 and keys.shape == (624,), "the random numbers")
+    # RandomState reads at any position, and beyond its memory.
+    _require(type(position) is int and 0 <= position <= 624, "the position in the random numbers")
+    is_number = type(has_gauss) is int and has_gauss in (0, 1) and type(gauss) is float and math.isfinite(gauss)
+    _require(is_number, "the next random number")
+    random_state = np.random.RandomState()
+    random_state.set_state((name, keys, position, has_gauss, gauss))
+    return random_state
+
+
+def _require(is_so: Any, what: str) -> None:
+    if not is_so:
+        raise ValueError(f"{what} can not be so")
+
+
+@contextmanager
 def opened(
-    path: str | os.PathLike[str] | None,
+    path: str | bytes | os.PathLike[Any] | None,
     every: int,
     identity: dict[str, Any],
     *,
     resume: bool,
     group: Group | None = None,
-) -> tuple[Checkpoint | None, State | None]:
-    """The checkpoint of a fit, and where it stands in it; in a group, the first process reads and writes."""
+) -> Iterator[tuple[Checkpoint | None, State | None]]:
+    """The checkpoint of a fit, which no other fit has at the same time, and where the fit stands in it."""
     if path is None:
         if resume:
             raise ValueError("resume=True goes on from a checkpoint; pass checkpoint, the path of its file")
-        return None, None
-    checkpoint = Checkpoint(path, every, identity, writes=group is None or group.rank == 0)
-    if not resume:
-        return checkpoint, None
-    if group is None:
-        return checkpoint, checkpoint.load()
-    return checkpoint, group.from_first(checkpoint.load() if group.rank == 0 else None)
+        yield None, None
+        return
+    checkpoint = Checkpoint(path, every, identity, group)
+    with ExitStack() as stack:
+
+        def begin() -> State | None:
+            stack.enter_context(checkpoint.own())
+            if resume:
+                return checkpoint.load()
+            if checkpoint.path.exists() and checkpoint.path.stat().st_size:
+                checkpoint.read()  # raises for what is not ours to write over
+            return None
+
+        state = checkpoint.in_first(begin)
+        yield checkpoint, state if group is None else group.from_first(state)
 
 
 def run(
@@ -159,7 +255,11 @@ def run(
         reached = EMResult(start(), [], converged=False)
     else:
         parameters = state.reached.parameters.moved(engine.rows.like, engine.rows.dtype)
-        reached = dataclasses.replace(state.reached, parameters=parameters)
+        reached = dataclasses.replace(
+            state.reached,
+            parameters=parameters,
+            converged=is_converged(state.reached.lower_bounds, tolerance, previous),
+        )
         return_to(engine, state.form)
     bounds = list(reached.lower_bounds)
 
@@ -170,8 +270,7 @@ def run(
     def note_sometimes(iteration: int, bound: float, parameters: Parameters) -> None:
         bounds.append(bound)
         if checkpoint is not None and iteration % checkpoint.every == 0:
-            before = bounds[-2] if len(bounds) > 1 else previous
-            note(EMResult(parameters, list(bounds), converged=abs(bound - before) < tolerance))
+            note(EMResult(parameters, list(bounds), converged=False))
 
     note(reached)
     if reached.converged:

@@ -14,10 +14,10 @@ from gaussmix._typing import Array, DType
 
 Mapping = Callable[[Callable[[Array], Array], Iterable[Array]], Iterable[Array]]
 
-# Elements of a block of the fingerprint: few enough to stay in a cache.
-PRINTED_ELEMENTS = 2**18
-# Odd factors that spread bits over a word of 64.
-SPREAD, MIX = -7046029254386353131, -4658895280553007687
+# Rows of a block of the fingerprint.
+PRINTED_ROWS = 2**15
+# Odd factors that spread bits over a word of 64, and the bits by which one row in 16 is chosen.
+SPREAD, MIX, SOME = -7046029254386353131, -4658895280553007687, 15 << 58
 
 
 def slices(n: int, size: int) -> Iterator[slice]:
@@ -35,29 +35,35 @@ def fingerprint(x: Array, weight: Array | None = None) -> int:
     x = array_namespace(x).astype(x, floating_dtype(x), copy=False)
     is_on_gpu = is_cupy_array(x) or (is_torch_array(x) and x.device.type != "cpu")
     x = x if is_on_gpu else to_numpy(x)
-    parts = slices(x.shape[0], max(1, PRINTED_ELEMENTS // max(1, x.shape[1])))
+    parts = slices(x.shape[0], PRINTED_ROWS)
     return sum(_fingerprint(x[part, :], None if weight is None else weight[part]) for part in parts) % 2**64
 
 
 def _fingerprint(x: Array, weight: Array | None) -> int:
     xp = array_namespace(x)
     bits = x.view(xp.int32 if x.dtype == xp.float32 else xp.int64)
-    factors = xp.asarray(_factors(x.shape[1]), device=device(x))
-    if isinstance(x, np.ndarray):  # at the speed of memory, and without an array of the size of x
-        sums = np.einsum("ij,j->i", bits, factors.astype(bits.dtype))
-    else:
-        sums = xp.sum(bits * xp.astype(factors, bits.dtype), axis=1, dtype=bits.dtype)
-    hashes = to_numpy(sums).astype(np.int64) * SPREAD
+    factors = _factors(x.shape[1])
+    hashes = np.multiply(_products(bits, factors), SPREAD, dtype=np.int64)
     if weight is not None:
         hashes += to_numpy(weight).astype(np.float64).view(np.int64) * MIX
     hashes ^= hashes >> 32
     hashes *= MIX
-    hashes ^= hashes >> 29
     # A sum of products has of the highest bits, the signs, only whether their number is odd: some rows tell it all.
-    some = np.flatnonzero(hashes & 15 == 0)
-    signs = bits[xp.asarray(some, device=device(x)), :] < 0
-    hashes[some] += to_numpy(xp.sum(xp.where(signs, factors, 0), axis=1)) * SPREAD
+    some = np.flatnonzero(hashes & SOME == 0)
+    signs = xp.astype(bits[xp.asarray(some, device=device(x)), :] < 0, xp.uint8)
+    hashes[some] += np.multiply(_products(signs, factors), SPREAD, dtype=np.int64)
     return int(hashes.sum())
+
+
+def _products(values: Array, factors: Array) -> Array:
+    """Sums of values x factors for each row (n,), on the host, in the integers of the values, which wrap around."""
+    xp = array_namespace(values)
+    if isinstance(values, np.ndarray):  # at the speed of memory, and without an array of the size of the values
+        if values.shape[1] < 6:  # rows too short for a loop of their own
+            values = np.asfortranarray(values)
+        return np.einsum("ij,j->i", values, factors.astype(values.dtype))
+    factors = xp.astype(xp.asarray(factors, device=device(values)), values.dtype)
+    return to_numpy(xp.sum(values * factors, axis=1, dtype=values.dtype))
 
 
 @cache

@@ -29,6 +29,11 @@ class EMResult:
     converged: bool
 
 
+def is_converged(lower_bounds: Sequence[float], tolerance: float, previous: float = -math.inf) -> bool:
+    """Whether the last change of the lower bounds, the first of them from `previous`, is below the tolerance."""
+    return len(lower_bounds) > 0 and abs(lower_bounds[-1] - [previous, *lower_bounds][-2]) < tolerance
+
+
 def run_em(
     engine: Fitting,
     start: Parameters,

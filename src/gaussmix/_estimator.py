@@ -20,6 +20,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from gaussmix import _interop, _persistence, _streaming
 from gaussmix._arrays import array_namespace, asarray_like, floating_dtype, to_numpy, working_dtype
+from gaussmix._checkpoint import DATA
 from gaussmix._covariance import COVARIANCES, Covariance
 from gaussmix._data import Described, Rows, Stream
 from gaussmix._dispatch import engine
@@ -48,6 +49,8 @@ START_ANEW = "start anew with fit (and warm_start=False)"
 
 # Parameters of constructors that no fitted parameter depends on, or through what `_told` says instead.
 WITHOUT_EFFECT = ("batch_size", "num_workers", "trainer_params", "verbose", "verbose_interval")
+# Those that say when a fit ends, and nothing else.
+ENDS = ("convergence_tolerance", "tol", "max_epochs", "max_iter")
 
 
 def described(value: Any) -> Any:
@@ -658,6 +661,14 @@ class Mixture(DensityMixin, Persistent):
     def _device(self) -> str | None:
         """Where rows are computed, if not where they are."""
         return None
+
+    def _identity(self, rows: Described, warm: Parameters | None = None) -> dict[str, Any]:
+        """What the result of a fit depends on, but for its end, as JSON has it; `warm` is where it goes on from."""
+        told = {name: value for name, value in self._told().items() if name not in ENDS}
+        dtype = told.pop("precision", None) or str(floating_dtype(rows.like)).rpartition(".")[2]
+        start = None if warm is None else np.concatenate([to_numpy(value).ravel() for value in vars(warm).values()])
+        data = {"shape": list(rows.shape), "dtype": dtype, DATA: f"{rows.fingerprint():016x}"}
+        return told | {"warm_start": described(start)} | data
 
     def _check_parameters(self) -> None:
         """Raise for parameters of the constructor that mean nothing."""

@@ -5,7 +5,8 @@ import json
 import os
 import pickle
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ from safetensors.numpy import save as serialize_numpy
 
 from gaussmix._warnings import warn_user
 
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
+
+# Seconds after which a file that was written aside, and not renamed, has lost its writer.
+ABANDONED = 3600
 SAVE_AGAIN = "save it again"
 # What reading a damaged pickle raises.
 UNREADABLE = (
@@ -43,11 +51,12 @@ def make_folder(path: str | bytes | os.PathLike[str]) -> Path:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file aside, then rename it into place."""
+    """Write a file aside, then rename it into place; what others left aside long ago is removed."""
     # A file that is replaced keeps its permissions, whoever may read it; a new one gets those of the process's mask,
     # which the kernel applies: to ask for the mask is to lift it, for all threads.
     kept = stat.S_IMODE(path.stat().st_mode) & 0o777 if path.exists() else None
-    aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    prefix, suffix = f".{path.name}.", ".aside"
+    aside = path.with_name(f"{prefix}{os.urandom(4).hex()}{suffix}")
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
     descriptor = os.open(aside, flags, 0o666 if kept is None else kept)
     try:
@@ -57,10 +66,51 @@ def replace(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+            now = os.fstat(file.fileno()).st_mtime  # as the file system counts, which may not be here
         os.replace(aside, path)
     except BaseException:
         os.unlink(aside)
         raise
+    for other in path.parent.iterdir():
+        if other.name.startswith(prefix) and other.name.endswith(suffix):
+            with suppress(OSError):
+                if now - other.lstat().st_mtime > ABANDONED:
+                    other.unlink()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Whether the file `path` is this process's alone for now, as far as others ask: by a lock on a file beside it.
+
+    The system takes the lock from a process that dies, and what is left of it hinders nobody.
+    """
+    if fcntl is None:
+        yield True
+        return
+    beside = path.with_name(f".{path.name}-lock")
+    while True:
+        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            yield False
+            return
+        except OSError:  # a file system without locks
+            pass
+        # Between opening and locking, the one who had it may have removed it.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(beside)):
+                break
+        os.close(descriptor)
+    try:
+        yield True
+    finally:
+        with suppress(OSError):
+            os.unlink(beside)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for processes that were forked meanwhile
+        os.close(descriptor)
 
 
 def with_arrays(

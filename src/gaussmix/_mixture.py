@@ -202,8 +202,8 @@ class GaussianMixture(Mixture, Trained):
             float32, half precision becomes float32, integers become float64; sums run in float64 in any case.
             Read block by block, anew in each pass (about three for the start, one an iteration), and never all in
             memory: `numpy.memmap`, `h5py.Dataset` and `zarr.Array`; a torch `Dataset` or `DataLoader`; any object that
-            gives blocks of rows, or tuples that begin with one, each time it is iterated over; a Dask array. `data`
-            is another name for X.
+            gives blocks of rows, or tuples that begin with one, each time it is iterated over; a Dask array. They
+            have to give the same rows each time, with `sample_weight` in the same order. `data` is another name for X.
         y : None
             Ignored; there for scikit-learn's pipelines.
         sample_weight : array-like of shape (n,), optional
@@ -214,11 +214,13 @@ class GaussianMixture(Mixture, Trained):
             runs in). The fit ends with what it has where the answer is true.
         checkpoint : str or os.PathLike, optional
             A file that says where the fit stands, written every `checkpoint_every` iterations and at its end; always
-            whole, whatever interrupts the fit.
+            whole, whatever interrupts the fit. It takes the place of another checkpoint, of no other file, and belongs
+            to one fit at a time.
         checkpoint_every : int, default 10
             Iterations between two of them.
         resume : bool, default False
             Go on from `checkpoint` where there is such a file: the result is that of a fit that was not interrupted.
+            Rows, weights and settings have to be the same, but for the tolerance and the largest number of iterations.
         distributed : "torch" or torch.distributed.ProcessGroup, optional
             X is this process's share of the rows, which may be none: the processes that torchrun started, or those of
             the group, fit one mixture to all of them. Attributes are the same in every process. So must be what it is
@@ -266,6 +268,7 @@ class GaussianMixture(Mixture, Trained):
             callback,
             checkpoint,
             checkpoint_every,
+            {} if checkpoint is None else self._identity(rows),
             resume,
         )
         if settings.fabric is None:
@@ -276,8 +279,8 @@ class GaussianMixture(Mixture, Trained):
             )
         if settings.max_epochs and not result.converged:
             warn_user(
-                f"EM did not converge within {settings.max_epochs} iterations; increase trainer_params['max_epochs'] "
-                f"or convergence_tolerance (now {self.convergence_tolerance:g})",
+                f"EM did not converge within {len(result.lower_bounds)} iterations; increase "
+                f"trainer_params['max_epochs'] or convergence_tolerance (now {self.convergence_tolerance:g})",
                 ConvergenceWarning,
             )
         self._set_parameters(result.parameters, Rows(settings.rounded(rows.like[:0, :])))
@@ -523,6 +526,7 @@ class _Run:
     callback: Callback | None
     checkpoint: str | os.PathLike[str] | None
     checkpoint_every: int
+    identity: dict[str, Any]
     resume: bool
 
     def __call__(self, rows: Rows | Stream | Share, random_state: np.random.RandomState) -> tuple[EMResult, str, str]:
@@ -533,16 +537,13 @@ class _Run:
             callback = rows.group.agreed(callback)
         else:
             rows = self.settings.placed(rows)
-        checkpoint, state = opened(
-            self.checkpoint,
-            self.checkpoint_every,
-            {"num_components": self.k, "covariance_type": self.covariance_type, "shape": list(rows.shape)},
-            resume=self.resume,
-            group=group,
-        )
         max_iter = self.settings.max_epochs
         is_shown = self.settings.progress_bar and (group is None or group.rank == 0)
-        with progress_bar(is_shown, max_iter, "log-likelihood", rows.shape[0]) as bar:
+        with (
+            opened(self.checkpoint, self.checkpoint_every, self.identity, resume=self.resume, group=group) as noted,
+            progress_bar(is_shown, max_iter, "log-likelihood", rows.shape[0]) as bar,
+        ):
+            checkpoint, state = noted
             if bar is not None and isinstance(rows, Stream):
                 rows = rows.watched(bar.read)
             on_rows = engine(rows, COVARIANCES[self.covariance_type], self.reg_covar, level=logging.INFO)

@@ -25,7 +25,7 @@ from gaussmix._covariance import COVARIANCES, Covariance
 from gaussmix._data import Described, Rows
 from gaussmix._dispatch import engine
 from gaussmix._distributed import Group, Share
-from gaussmix._em import Callback, DivergedError, EMResult, best_of
+from gaussmix._em import Callback, DivergedError, EMResult, best_of, is_converged
 from gaussmix._engine import Fitting
 from gaussmix._estimator import (
     Mixture,
@@ -223,7 +223,8 @@ class GaussianMixture(Mixture):
             float32, half precision becomes float32, integers become float64; sums run in float64 in any case.
             Read block by block, anew in each pass (about three for the start, one an iteration), and never all in
             memory: `numpy.memmap`, `h5py.Dataset` and `zarr.Array`; a torch `Dataset` or `DataLoader`; any object that
-            gives blocks of rows, or tuples that begin with one, each time it is iterated over; a Dask array.
+            gives blocks of rows, or tuples that begin with one, each time it is iterated over; a Dask array. They
+            have to give the same rows each time, with `sample_weight` in the same order.
         y : None
             Ignored; there for pipelines.
         sample_weight : array-like of shape (n,), optional
@@ -234,11 +235,13 @@ class GaussianMixture(Mixture):
             runs in). The fit ends with what it has where the answer is true.
         checkpoint : str or os.PathLike, optional
             A file that says where the fit stands, written every `checkpoint_every` iterations and at its end; always
-            whole, whatever interrupts the fit.
+            whole, whatever interrupts the fit. It takes the place of another checkpoint, of no other file, and belongs
+            to one fit at a time.
         checkpoint_every : int, default 10
             Iterations between two of them.
         resume : bool, default False
             Go on from `checkpoint` where there is such a file: the result is that of a fit that was not interrupted.
+            Rows, weights and settings have to be the same, but for the tolerance and the largest number of iterations.
         distributed : "torch" or torch.distributed.ProcessGroup, optional
             X is this process's share of the rows, which may be none: the processes that torchrun started, or those of
             the group, fit one mixture to all of them. Attributes are the same in every process. So must be what it is
@@ -275,48 +278,19 @@ class GaussianMixture(Mixture):
         if group is not None:
             random_state = group.from_first(random_state)
             callback = group.agreed(callback)
-        identity = {"n_components": self.n_components, "covariance_type": self.covariance_type}
-        noted, state = opened(
-            checkpoint,
-            checkpoint_every,
-            identity | {"n_init": self.n_init, "shape": list(rows.shape)},
-            resume=resume,
-            group=group,
-        )
-        run_from = partial(self._run, on_rows, checkpoint=noted, callbacks=[] if callback is None else [callback])
-        try:
-            if self.warm_start and hasattr(self, "converged_"):
-                warm = self._continued("warm_start", on_rows.rows)
-                result = run_from(0, lambda: warm, previous=self.lower_bound_, state=state)
-            else:
-                first, best = (0, None) if state is None else (state.start, state.best)
-                if state is not None and state.random_state is not None:
-                    random_state = state.random_state
-                failures = []
-                for i in range(first, self.n_init):
-                    try:
-                        found = run_from(
-                            i,
-                            lambda: self._start(on_rows, given, random_state),
-                            state=state,
-                            noted=partial(_state, i, best, random_state),
-                        )
-                        best = found if best is None else best_of([best, found])
-                    except (SingularCovarianceError, DivergedError) as error:
-                        failures.append(error)
-                    state = None
-                if best is None:
-                    raise failures[0]
-                if failures:
-                    warn_user(
-                        f"{len(failures)} of {self.n_init} starts failed, and the best of the others is kept; "
-                        f"the first failure: {failures[0]}",
-                        ConvergenceWarning,
-                    )
-                result = best
-        except SingularCovarianceError as error:
-            error.args = (f"{ILL_DEFINED} Cause: {error}",)
-            raise
+        is_warm = self.warm_start and hasattr(self, "converged_")
+        warm = self._continued("warm_start", on_rows.rows) if is_warm else None
+        identity = {} if checkpoint is None else self._identity(rows, warm)
+        with opened(checkpoint, checkpoint_every, identity, resume=resume, group=group) as (noted, state):
+            run_from = partial(self._run, on_rows, checkpoint=noted, callbacks=[] if callback is None else [callback])
+            try:
+                if warm is not None:
+                    result = run_from(0, lambda: warm, previous=self.lower_bound_, state=state)
+                else:
+                    result = self._best(run_from, partial(self._start, on_rows, given), random_state, state)
+            except SingularCovarianceError as error:
+                error.args = (f"{ILL_DEFINED} Cause: {error}",)
+                raise
         if self.max_iter and not result.converged:
             warn_user(f"{NOT_CONVERGED} Now max_iter={self.max_iter}, tol={self.tol:g}.", ConvergenceWarning)
         self._set_parameters(result.parameters, rows)
@@ -558,6 +532,50 @@ class GaussianMixture(Mixture):
         if group is None:
             return validate_rows(self, X, reset=True, min_rows=2, sample_weight=sample_weight)
         return Share.of(validate_rows(self, X, reset=True, min_rows=0, sample_weight=sample_weight), group)
+
+    def _best(
+        self,
+        run_from: Callable[..., EMResult],
+        start: Callable[[np.random.RandomState], Parameters],
+        random_state: np.random.RandomState,
+        state: State | None,
+    ) -> EMResult:
+        """The best of `n_init` starts, some of which may be done in `state`."""
+        first, before = (0, None) if state is None else (state.start, state.best)
+        if state is not None and state.random_state is not None:
+            random_state = state.random_state
+        best, failures = before, []
+        for i in range(first, self.n_init):
+            noted = partial(_state, i, best, random_state)
+            try:
+                found = run_from(i, partial(start, random_state), state=state, noted=noted)
+                best = found if best is None else best_of([best, found])
+            except (SingularCovarianceError, DivergedError) as error:
+                failures.append(error)
+            state = None
+        if failures and best is None:
+            raise failures[0]
+        if failures:
+            warn_user(
+                f"{len(failures)} of {self.n_init} starts failed, and the best of the others is kept; "
+                f"the first failure: {failures[0]}",
+                ConvergenceWarning,
+            )
+        if best is not None and best is before:
+            # It was done with another tolerance, or with fewer iterations.
+            bounds = best.lower_bounds
+            best = replace(best, converged=is_converged(bounds, self.tol))
+            if not best.converged and len(bounds) < self.max_iter:
+                state = State(best, "")
+        if state is not None:
+            best = run_from(
+                self.n_init,
+                partial(start, random_state),
+                state=state,
+                noted=partial(_state, self.n_init, None, random_state),
+            )
+        assert best is not None
+        return best
 
     def _run(
         self,
