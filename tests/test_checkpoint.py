@@ -22,7 +22,7 @@ import oracle
 from cases import assert_close, blobs, start_for
 from gaussmix import GaussianMixture, _files
 from gaussmix._arrays import to_numpy
-from gaussmix._checkpoint import Checkpoint, _digest, opened
+from gaussmix._checkpoint import Checkpoint, opened
 from gaussmix._covariance import COVARIANCES
 from gaussmix._data import slices
 from gaussmix.sklearn import GaussianMixture as SklearnMixture
@@ -659,14 +659,7 @@ class Ranks:
     """What a checkpoint asks of a group of processes, in one of them alone."""
 
     def __init__(self, rank):
-        self.rank, self.errors = rank, []
-
-    def all_or_none(self, function):
-        try:
-            return function()
-        except Exception as error:
-            self.errors.append(error)
-            raise
+        self.rank = rank
 
     def from_first(self, value):
         return value
@@ -674,20 +667,14 @@ class Ranks:
 
 def test_in_a_group_the_first_process_alone_touches_the_file(tmp_path):
     (tmp_path / "theirs").write_text("a letter")
-    for rank in (0, 1):
-        group = Ranks(rank)
-        if rank == 1:
-            with opened(tmp_path / "theirs", 1, {}, resume=True, group=group) as (_, state):
-                assert state is None
-                assert os.listdir(tmp_path) == ["theirs"]
-            continue
-        with (
-            pytest.raises(ValueError, match="theirs"),
-            opened(tmp_path / "theirs", 1, {}, resume=True, group=group),
-        ):
-            pass
-        # Seen by the others: it was raised where all of them wait.
-        assert len(group.errors) == 1
+    # That the others hear of its error is tested with the group.
+    with (
+        pytest.raises(ValueError, match="theirs"),
+        opened(tmp_path / "theirs", 1, {}, resume=True, group=Ranks(0)),
+    ):
+        pass
+    with opened(tmp_path / "theirs", 1, {}, resume=True, group=Ranks(1)) as (_, state):
+        assert state is None
         assert os.listdir(tmp_path) == ["theirs"]
 
 
@@ -697,9 +684,9 @@ def test_in_a_group_the_first_process_alone_touches_the_file(tmp_path):
 def crafted(path, change):
     """Write the checkpoint anew with other arrays and metadata, and digests that fit them."""
     metadata, arrays = metadata_of(path), load_file(path)
-    del metadata["digest"], metadata["sha256"]
+    del metadata["sha256"]
     change(metadata, arrays)
-    path.write_bytes(_files.with_arrays(arrays, metadata | {"digest": _digest(metadata)}))
+    path.write_bytes(_files.with_arrays(arrays, metadata))
 
 
 def setting(name, value):
@@ -727,7 +714,7 @@ CRAFTED = {
     "a position beyond the end": random_numbers("MT19937", 10**6, 0, 0.0),
     "a position before the beginning": random_numbers("MT19937", -1, 0, 0.0),
     "a position that is no integer": random_numbers("MT19937", 1.5, 0, 0.0),
-    "a huge position": random_numbers("MT19937", 10**400, 0, 0.0),
+    "a huge position": random_numbers("MT19937", 10**18, 0, 0.0),
     "another generator": random_numbers("PCG64", 0, 0, 0.0),
     "a number that may be there": random_numbers("MT19937", 0, 7, 0.0),
     "a number that is none": random_numbers("MT19937", 0, 1, float("nan")),
@@ -736,16 +723,15 @@ CRAFTED = {
     "long keys": array("random_state", lambda keys: keys.astype(np.uint64)),
     "no keys": lambda metadata, arrays: arrays.pop("random_state"),
     "a start before the first": setting("start", -1),
-    "a start after the last": setting("start", 10**400),
+    "a start after the last": setting("start", 10**18),
     "a start that is no integer": setting("start", 1.0),
     "a start that is true": setting("start", True),
     "no start": lambda metadata, arrays: metadata.pop("start"),
-    "no best": lambda metadata, arrays: metadata.pop("best"),
     "a form": setting("form", "imagined"),
     "a form that is no word": setting("form", ["centred-float64"]),
     "bounds that are infinite": setting("reached", [-3.0, float("inf")]),
     "bounds that are words": setting("reached", ["-3.0"]),
-    "bounds that are huge": setting("reached", [-3.0, 10**400]),
+    "bounds that are integers": setting("reached", [-3, 10**18]),
     "bounds that are no list": setting("best", {"lower_bounds": []}),
     "no bounds": lambda metadata, arrays: metadata.pop("reached"),
     "weights": array("reached.weights", first_to(-0.1)),
@@ -798,8 +784,8 @@ def test_a_fit_writes_over_nothing_but_a_checkpoint(tmp_path, cls, resume):
     (tmp_path / "new").symlink_to(tmp_path / "nothing")
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     cases = {
-        "model.safetensors": "model.safetensors is no checkpoint of this version of gaussmix; remove it",
-        "theirs": "theirs is no checkpoint of this version of gaussmix; remove it",
+        "model.safetensors": "model.safetensors is no checkpoint; remove it",
+        "theirs": "theirs is no checkpoint; remove it",
         "letter": "letter is damaged: .*; remove it to start anew",
         "link": "checkpoint=.*link' is a link, which would be replaced; pass the path that it leads to",
         "new": "checkpoint=.*new' is a link",
@@ -861,7 +847,7 @@ def test_files_of_others(saved, tmp_path):
     save_file({"means": X}, tmp_path / "theirs")
     for other in ("model/model.safetensors", "theirs"):
         path.write_bytes((tmp_path / other).read_bytes())
-        with pytest.raises(ValueError, match=f"is no checkpoint of this version.*{REMOVE.partition('.*')[2]}"):
+        with pytest.raises(ValueError, match=f"is no checkpoint.*{REMOVE.partition('.*')[2]}"):
             resume()
     path.write_text("weights: 1, 2, 3")
     with pytest.raises(ValueError, match=REMOVE):
