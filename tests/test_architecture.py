@@ -10,10 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from sklearn.base import clone
 
 import gaussmix
+from cases import blobs
 from gaussmix._covariance import COVARIANCES
 from gaussmix._dispatch import BACKENDS, engine
+from gaussmix.sklearn import GaussianMixture as SklearnMixture
 
 SOURCE = Path(gaussmix.__file__).parent
 HEAVY = ("torch", "triton", "cupy", "dask")
@@ -119,3 +122,41 @@ def test_set_logging_level(caplog):
         assert logger.level == logging.WARNING
     finally:
         logger.setLevel(before)
+
+
+class Blocks:
+    """X, a block at a time."""
+
+    def __iter__(self):
+        return iter([X[:20], X[20:40], X[40:]])
+
+
+X = blobs(n=60, d=2, k=2)
+BASE = dict(random_state=0, trainer_params={"enable_progress_bar": False})
+
+
+@pytest.mark.parametrize("data", [X, Blocks()], ids=["array", "blocks"])
+@pytest.mark.parametrize("backend", ["auto", "array_api"])
+@pytest.mark.parametrize(
+    ("estimator", "what"),
+    [
+        (gaussmix.GaussianMixture(2, **BASE), "diag covariance"),
+        (SklearnMixture(2, random_state=0, n_init=3, init_params="random", tol=0.1), "full covariance"),
+        (gaussmix.KMeans(2, **BASE), "k-means"),
+    ],
+)
+def test_a_fit_says_once_which_implementation_runs_and_why(estimator, what, data, backend, caplog, monkeypatch):
+    monkeypatch.setenv("GAUSSMIX_BACKEND", backend)
+    reason = "numpy: the data is in host memory" if backend == "auto" else "array_api: GAUSSMIX_BACKEND asks for it"
+    caplog.set_level("INFO", logger="gaussmix")
+    clone(estimator).fit(data)
+    assert [message for message in caplog.messages if " runs on " in message] == [f"{what} runs on {reason}"]
+    fitted = clone(estimator).fit(X)
+    caplog.clear()
+    for method in ("predict", "score", "score_samples", "transform", "predict_proba"):
+        if hasattr(fitted, method):
+            getattr(fitted, method)(data)
+    assert not [message for message in caplog.messages if " runs on " in message]
+    if hasattr(estimator, "partial_fit"):
+        clone(estimator).partial_fit(data).partial_fit(data)
+        assert [message for message in caplog.messages if " runs on " in message] == [f"{what} runs on {reason}"]

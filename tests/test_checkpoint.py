@@ -22,7 +22,7 @@ import oracle
 from cases import assert_close, blobs, start_for
 from gaussmix import GaussianMixture, _files
 from gaussmix._arrays import to_numpy
-from gaussmix._checkpoint import Checkpoint, _digest, opened
+from gaussmix._checkpoint import Checkpoint, opened
 from gaussmix._covariance import COVARIANCES
 from gaussmix._data import slices
 from gaussmix.sklearn import GaussianMixture as SklearnMixture
@@ -659,14 +659,7 @@ class Ranks:
     """What a checkpoint asks of a group of processes, in one of them alone."""
 
     def __init__(self, rank):
-        self.rank, self.errors = rank, []
-
-    def all_or_none(self, function):
-        try:
-            return function()
-        except Exception as error:
-            self.errors.append(error)
-            raise
+        self.rank = rank
 
     def from_first(self, value):
         return value
@@ -674,21 +667,13 @@ class Ranks:
 
 def test_in_a_group_the_first_process_alone_touches_the_file(tmp_path):
     (tmp_path / "theirs").write_text("a letter")
-    for rank in (0, 1):
-        group = Ranks(rank)
-        if rank == 1:
-            with opened(tmp_path / "theirs", 1, {}, resume=True, group=group) as (_, state):
-                assert state is None
-                assert os.listdir(tmp_path) == ["theirs"]
-            continue
-        with (
-            pytest.raises(ValueError, match="theirs"),
-            opened(tmp_path / "theirs", 1, {}, resume=True, group=group),
-        ):
-            pass
-        # Seen by the others: it was raised where all of them wait.
-        assert len(group.errors) == 1
+    with opened(tmp_path / "theirs", 1, {}, resume=True, group=Ranks(1)) as (checkpoint, state):
+        assert state is None
+        checkpoint.save(None)
         assert os.listdir(tmp_path) == ["theirs"]
+    with pytest.raises(ValueError, match="theirs"), opened(tmp_path / "theirs", 1, {}, resume=True, group=Ranks(0)):
+        pass
+    assert os.listdir(tmp_path) == ["theirs"]
 
 
 # Files that somebody made
@@ -697,9 +682,9 @@ def test_in_a_group_the_first_process_alone_touches_the_file(tmp_path):
 def crafted(path, change):
     """Write the checkpoint anew with other arrays and metadata, and digests that fit them."""
     metadata, arrays = metadata_of(path), load_file(path)
-    del metadata["digest"], metadata["sha256"]
+    del metadata["sha256"]
     change(metadata, arrays)
-    path.write_bytes(_files.with_arrays(arrays, metadata | {"digest": _digest(metadata)}))
+    path.write_bytes(_files.with_arrays(arrays, metadata))
 
 
 def setting(name, value):
@@ -727,7 +712,7 @@ CRAFTED = {
     "a position beyond the end": random_numbers("MT19937", 10**6, 0, 0.0),
     "a position before the beginning": random_numbers("MT19937", -1, 0, 0.0),
     "a position that is no integer": random_numbers("MT19937", 1.5, 0, 0.0),
-    "a huge position": random_numbers("MT19937", 10**400, 0, 0.0),
+    "a huge position": random_numbers("MT19937", 2**63, 0, 0.0),
     "another generator": random_numbers("PCG64", 0, 0, 0.0),
     "a number that may be there": random_numbers("MT19937", 0, 7, 0.0),
     "a number that is none": random_numbers("MT19937", 0, 1, float("nan")),
@@ -736,16 +721,15 @@ CRAFTED = {
     "long keys": array("random_state", lambda keys: keys.astype(np.uint64)),
     "no keys": lambda metadata, arrays: arrays.pop("random_state"),
     "a start before the first": setting("start", -1),
-    "a start after the last": setting("start", 10**400),
+    "a start after the last": setting("start", 2**63),
     "a start that is no integer": setting("start", 1.0),
     "a start that is true": setting("start", True),
     "no start": lambda metadata, arrays: metadata.pop("start"),
-    "no best": lambda metadata, arrays: metadata.pop("best"),
     "a form": setting("form", "imagined"),
     "a form that is no word": setting("form", ["centred-float64"]),
     "bounds that are infinite": setting("reached", [-3.0, float("inf")]),
     "bounds that are words": setting("reached", ["-3.0"]),
-    "bounds that are huge": setting("reached", [-3.0, 10**400]),
+    "bounds that are huge": setting("reached", [-3.0, 2**63]),
     "bounds that are no list": setting("best", {"lower_bounds": []}),
     "no bounds": lambda metadata, arrays: metadata.pop("reached"),
     "weights": array("reached.weights", first_to(-0.1)),
@@ -889,10 +873,10 @@ def test_a_folder_that_can_not_be_written_to(tmp_path, monkeypatch, cls):
         mixture(cls).fit(X, checkpoint=tmp_path / "file" / "fit")
 
     # Permissions do not stop root, as whom the suite may run.
-    def fail(**where):
-        raise PermissionError(13, "Permission denied", where["dir"])
+    def fail(path, *_):
+        raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(tempfile, "mkstemp", fail)
+    monkeypatch.setattr(os, "open", fail)
     seen = []
     with pytest.raises(PermissionError, match=r"checkpoint=.*fit.* can not be written.*; pass a path") as error:
         mixture(cls).fit(X, checkpoint=tmp_path / "fit", callback=lambda *_: seen.append(_))

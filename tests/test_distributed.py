@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -23,47 +24,63 @@ from gaussmix import GaussianMixture, KMeans, _distributed
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
 from gaussmix._parameters import SingularCovarianceError
+from gaussmix.sklearn import GaussianMixture as SklearnMixture
 
 pytestmark = pytest.mark.usefixtures("unconverged")
 
+MIXTURES = (GaussianMixture, SklearnMixture)
 ESTIMATORS = pytest.mark.parametrize("cls", [GaussianMixture, KMeans])
 ARRAYS = ("weights_", "means_", "covariances_", "precisions_cholesky_", "lower_bounds_", "centroids_", "inertia_")
 TWO = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}
 
 
 class Group(_distributed.Group):
-    """Threads in the place of processes."""
+    """Threads in the place of processes; what they sum has to be equally long."""
 
     def __init__(self, rank, size, slots, barrier):
         self.rank, self.size, self.device, self._slots, self._barrier = rank, size, "cpu", slots, barrier
 
-    def each(self, value):
-        self._slots[self.rank] = value
-        self._barrier.wait()
-        values = copy.deepcopy(self._slots)
-        self._barrier.wait()
-        return values
+    def _all_gather(self, value):
+        return self._exchanged("gather", value)
 
-    def sum(self, values):
-        return np.sum(self.each(values), axis=0)
+    def _all_reduce(self, vector):
+        return np.sum(self._exchanged(f"sum {vector.shape}", vector), axis=0)
 
-    def from_first(self, value):
-        return self.each(value)[0]
+    def _exchanged(self, kind, value):
+        self._slots[self.rank] = kind, value
+        self._barrier.wait()
+        kinds, values = zip(*copy.deepcopy(self._slots), strict=True)
+        assert set(kinds) == {kind}
+        self._barrier.wait()
+        return list(values)
+
+
+def groups_of(size):
+    slots, barrier = [None] * size, threading.Barrier(size, timeout=5)
+    return [Group(rank, size, slots, barrier) for rank in range(size)]
+
+
+def in_each(groups, function):
+    """What `function` of each process's group finds or raises, as they run at the same time."""
+
+    def run(group):
+        try:
+            return function(group)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(len(groups)) as pool:
+        return list(pool.map(run, groups))
 
 
 def launch(fabric_params, function):
     """`function` in as many threads as there are devices; what all of them have found."""
-    size = fabric_params["devices"]
-    slots, barrier = [None] * size, threading.Barrier(size, timeout=20)
 
-    def run(rank):
-        try:
-            return pickle.dumps(function(Group(rank, size, slots, barrier)))
-        except Exception as error:
-            return error
+    def run(group):
+        with group.together():
+            return pickle.dumps(function(group))
 
-    with ThreadPoolExecutor(size) as pool:
-        found = list(pool.map(run, range(size)))
+    found = in_each(groups_of(fabric_params["devices"]), run)
     if isinstance(found[0], Exception):
         assert {repr(error) for error in found} == {repr(found[0])}
         raise found[0]
@@ -187,6 +204,293 @@ def test_all_processes_raise_the_same_error(library, covariance, size):
     with pytest.raises(SingularCovarianceError) as found:
         fitted(x, size, **params)
     assert str(found.value) == str(expected.value)
+
+
+# Processes that are told different things, or fail: each has a share of X
+
+
+@pytest.fixture
+def groups(monkeypatch):
+    """Three processes, which are what `fit` takes for `distributed`."""
+    monkeypatch.setattr("gaussmix._estimator.process_group", lambda distributed, X, device: distributed)
+    return groups_of(3)
+
+
+def mixture(cls=GaussianMixture, max_iter=6, **params):
+    if cls is GaussianMixture:
+        return cls(**{"num_components": 2, "random_state": 0, "trainer_params": {"max_epochs": max_iter}} | params)
+    return cls(**{"n_components": 2, "random_state": 0, "max_iter": max_iter} | params)
+
+
+def fit_shares(groups, *fits):
+    """The estimators of the processes once they are fitted, or the errors; a fit is (estimator, arguments of fit)."""
+
+    def fit(group):
+        estimator, arguments = fits[group.rank]
+        return estimator.fit(**{"X": SHARES[group.rank]} | arguments, distributed=group)
+
+    return in_each(groups, fit)
+
+
+def assert_usable(groups):
+    """The next fit in these processes is that of the whole."""
+    found = fit_shares(groups, *((mixture(convergence_tolerance=0), {}) for _ in groups))
+    expected = mixture(convergence_tolerance=0).fit(np.concatenate(SHARES))
+    for each in found:
+        assert_same_fit(each, expected, 1e-9)
+
+
+SHARES = np.array_split(blobs(n=90, d=2, k=2, seed=3, sort=True), [20, 50])
+IDENTITIES = np.broadcast_to(np.eye(2), (2, 2, 2))
+DIFFERING = [
+    ("num_components", GaussianMixture, 2, 3),
+    ("num_components", GaussianMixture, 2, 0),
+    ("covariance_type", GaussianMixture, "full", "diag"),
+    ("covariance_type", GaussianMixture, "tied", "round"),
+    ("init_strategy", GaussianMixture, "kmeans", "random"),
+    ("init_strategy", GaussianMixture, "kmeans++", "random_from_data"),
+    ("init_means", GaussianMixture, SHARES[0][:2], SHARES[1][:2]),
+    ("init_means", GaussianMixture, None, SHARES[1][:2]),
+    ("convergence_tolerance", GaussianMixture, 1e-3, 1e-9),
+    ("covariance_regularization", GaussianMixture, 1e-6, 1e-2),
+    ("random_state", GaussianMixture, 0, 1),
+    ("n_components", SklearnMixture, 2, 3),
+    ("covariance_type", SklearnMixture, "spherical", "tied"),
+    ("tol", SklearnMixture, 1e-3, 1e-9),
+    ("reg_covar", SklearnMixture, 1e-6, 1e-2),
+    ("max_iter", SklearnMixture, 6, 7),
+    ("n_init", SklearnMixture, 1, 2),
+    ("init_params", SklearnMixture, "kmeans", "random"),
+    ("weights_init", SklearnMixture, None, [0.5, 0.5]),
+    ("means_init", SklearnMixture, SHARES[0][:2], SHARES[1][:2]),
+    ("precisions_init", SklearnMixture, IDENTITIES, 2 * IDENTITIES),
+    ("random_state", SklearnMixture, 3, 4),
+    ("warm_start", SklearnMixture, False, True),
+]
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+@pytest.mark.parametrize(("name", "cls", "value", "other"), DIFFERING)
+def test_a_parameter_that_differs(groups, name, cls, value, other, odd):
+    values = [other if rank == odd else value for rank in range(3)]
+    found = fit_shares(groups, *((mixture(cls, **{name: each}), {}) for each in values))
+    first, second = (0, 1) if odd == 0 else (0, odd)
+    shown = [re.escape(repr(each)) if isinstance(each, (str, int, float)) else ".*" for each in values]
+    message = f"^{name} is {shown[first]} in process {first} and {shown[second]} in process {second}; all 3 processes"
+    for error in found:
+        assert isinstance(error, ValueError)
+        assert re.search(message, str(error))
+    assert_usable(groups)
+
+
+def warm(x):
+    return mixture(SklearnMixture, warm_start=True).fit(x)
+
+
+def other_fits(folder):
+    """Two fits that differ in what is no parameter, and what the error says of it."""
+    x, path = SHARES[1], folder / "fit"
+    weights, strict = {"sample_weight": np.ones(len(x))}, {"checkpoint": path, "resume": True}
+    return {
+        "max_epochs is 6 in process 0 and 7": ((mixture(), {}), (mixture(max_iter=7), {})),
+        "precision is None in process 0 and 'float32'": (
+            (mixture(), {}),
+            (mixture(trainer_params={"max_epochs": 6, "precision": 32}), {}),
+        ),
+        "the class is 'gaussmix._mixture.GaussianMixture' in process 0 and 'gaussmix.sklearn.GaussianMixture'": (
+            *((mixture(), {}), (mixture(SklearnMixture), {})),
+        ),
+        "checkpoint is None in process 0 and '.*fit'": ((mixture(), {}), (mixture(), {"checkpoint": path})),
+        "checkpoint_every is 10 in process 0 and 2": ((mixture(), {}), (mixture(), {"checkpoint_every": 2})),
+        "resume is False in process 0 and True": ((mixture(), {"checkpoint": path}), (mixture(), strict)),
+        "whether sample_weight is given is False in process 0 and True": ((mixture(), {}), (mixture(), weights)),
+        "weights_ .warm_start. is .* in process 0 and None": (
+            (warm(x), {}),
+            (mixture(SklearnMixture, warm_start=True), {}),
+        ),
+        "weights_ .warm_start. is .* in process 0 and {": ((warm(x), {}), (warm(x[1:]), {})),
+        "the number of features is 2 in process 0 and 1": ((mixture(), {}), (mixture(), {"X": x[:, :1]})),
+        "the dtype of X is 'float64' in process 0 and 'float32'": (
+            *((mixture(SklearnMixture), {}), (mixture(SklearnMixture), {"X": x.astype(np.float32)})),
+        ),
+    }
+
+
+@pytest.mark.parametrize("message", other_fits(Path()))
+def test_a_fit_that_differs(groups, message, tmp_path):
+    usual, odd = other_fits(tmp_path)[message]
+    for error in fit_shares(groups, usual, odd, copy.deepcopy(usual)):
+        assert isinstance(error, ValueError)
+        assert re.search(f"^{message}.* in process 1; all 3 processes need the same$", str(error))
+    assert_usable(groups)
+
+
+def test_implementations_that_differ(groups, monkeypatch):
+    strict = pytest.importorskip("array_api_strict")
+    monkeypatch.delenv("GAUSSMIX_BACKEND", raising=False)
+    arguments = {"X": strict.asarray(SHARES[2])}
+    for error in fit_shares(groups, (mixture(), {}), (mixture(), {}), (mixture(), arguments)):
+        message = (
+            "the implementation is 'numpy' in process 0 and 'array_api' in process 2; all 3 processes need the same"
+        )
+        assert str(error) == message
+    assert_usable(groups)
+
+
+@pytest.mark.parametrize("cls", MIXTURES)
+def test_what_may_differ(groups, cls, capsys):
+    """How rows are read and what is shown; of random states that are no integers, that of the first process counts."""
+    own = {"batch_size": 7, "num_workers": 1} if cls is GaussianMixture else {"verbose": 1, "verbose_interval": 3}
+    states = [5, np.random if cls is GaussianMixture else None, np.random.RandomState(1)]
+    fits = [(mixture(cls, random_state=state, **(own if state == 5 else {})), {}) for state in states]
+    found = fit_shares(groups, *fits)
+    expected = mixture(cls, random_state=5).fit(np.concatenate(SHARES))
+    for each in found:
+        assert_same_means(each, expected)
+
+
+def assert_same_means(found, expected):
+    assert len(found.lower_bounds_) == len(expected.lower_bounds_)
+    assert_close(found.means_, expected.means_, 1e-9)
+
+
+@pytest.mark.parametrize("having", [(0,), (1,), (0, 2), (0, 1, 2)])
+@pytest.mark.parametrize("cls", MIXTURES)
+def test_callbacks_of_some_processes(groups, cls, having):
+    """A callback of the last of them ends the fit; the others see what happens until then."""
+    seen = {rank: [] for rank in having}
+
+    def callback(rank):
+        def call(iteration, bound, parameters):
+            seen[rank].append(iteration)
+            return rank == having[-1] and iteration == 3
+
+        return {"callback": call} if rank in having else {}
+
+    tolerance = {"convergence_tolerance": 0} if cls is GaussianMixture else {"tol": 0}
+    found = fit_shares(groups, *((mixture(cls, **tolerance), callback(rank)) for rank in range(3)))
+    expected = mixture(cls, max_iter=3, **tolerance).fit(np.concatenate(SHARES))
+    for each in found:
+        assert_same_means(each, expected)
+    assert seen == {rank: [1, 2, 3] for rank in having}
+
+
+class Failing:
+    """Blocks of rows, of which the last can not be read in one of the passes."""
+
+    def __init__(self, x, fails_in):
+        self.x, self.passes, self.fails_in = x, 0, fails_in
+
+    def __iter__(self):
+        self.passes += 1
+        yield self.x[:5]
+        if self.passes == self.fails_in:
+            raise OSError("the disk is gone")
+        yield self.x[5:]
+
+
+def assert_all_failed(found, failed, error, message):
+    assert type(found[failed]) is error
+    assert re.search(message, str(found[failed]))
+    for rank in {0, 1, 2} - {failed}:
+        assert type(found[rank]) is RuntimeError
+        start = f"process {failed} of 3 failed, and with it the fit: {error.__name__}: "
+        assert str(found[rank]) == f"{start}{found[failed]}"
+
+
+@pytest.mark.parametrize("fails_in", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("strategy", ["kmeans", "random"])
+@pytest.mark.parametrize("cls", MIXTURES)
+def test_a_source_that_fails(groups, covariance, cls, strategy, fails_in):
+    init = {"init_strategy": strategy} if cls is GaussianMixture else {"init_params": strategy, "tol": 0}
+    params = {"covariance_type": covariance.name} | init
+    if cls is GaussianMixture:
+        params["convergence_tolerance"] = 0
+    failed = fails_in % 3
+    sources = ({"X": Failing(SHARES[failed], fails_in)} if rank == failed else {} for rank in range(3))
+    found = fit_shares(groups, *((mixture(cls, **params), arguments) for arguments in sources))
+    assert_all_failed(found, failed, OSError, "^the disk is gone$")
+    assert_usable(groups)
+
+
+def raising(iteration, bound, parameters):
+    if iteration == 2:
+        raise KeyError("a callback's")
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+@pytest.mark.parametrize("others", [{}, {"callback": lambda *args: None}])
+@pytest.mark.parametrize("cls", MIXTURES)
+def test_a_callback_that_fails(groups, cls, others, failed):
+    arguments = ({"callback": raising} if rank == failed else others for rank in range(3))
+    found = fit_shares(groups, *((mixture(cls), each) for each in arguments))
+    assert_all_failed(found, failed, KeyError, "a callback's")
+    assert_usable(groups)
+
+
+@pytest.mark.parametrize("every", [1, 2, 100])
+@pytest.mark.parametrize("cls", MIXTURES)
+def test_a_checkpoint_that_can_not_be_written(groups, cls, every, tmp_path):
+    """From the second iteration on there is a directory in its place; in the last case its end alone tells."""
+
+    def obstruct(iteration, bound, parameters):
+        if iteration == 2:
+            (tmp_path / "fit").unlink()
+            (tmp_path / "fit" / "in").mkdir(parents=True)
+
+    tolerance = {"convergence_tolerance": 0} if cls is GaussianMixture else {"tol": 0}
+    arguments = {"checkpoint": tmp_path / "fit", "checkpoint_every": every}
+    calls = [{"callback": obstruct}, {}, {}]
+    found = fit_shares(groups, *((mixture(cls, **tolerance), arguments | each) for each in calls))
+    assert_all_failed(found, 0, type(found[0]), "^.Errno .* can not be written .*; pass a path where it can be")
+    assert_usable(groups)
+
+
+def test_what_fails_in_one_process_alone(groups, monkeypatch):
+    """The progress bar of the first process, say: its stderr is closed."""
+
+    def closed(*args):
+        raise BrokenPipeError("nobody reads")
+
+    monkeypatch.setattr("gaussmix._em.ProgressBar.__call__", closed)
+    shown = {"max_epochs": 6, "enable_progress_bar": True}
+    found = fit_shares(groups, *((mixture(trainer_params=shown), {}) for _ in groups))
+    assert_all_failed(found, 0, BrokenPipeError, "^nobody reads$")
+
+
+@pytest.mark.parametrize(
+    ("cls", "of", "step"),
+    [(GaussianMixture, _distributed.Engine, "expect"), (KMeans, _distributed.Clusters, "sums")],
+)
+def test_a_launched_process_that_fails(cls, of, step, monkeypatch):
+    method, found = getattr(of, step), []
+
+    def fails_in_one(self, *args):
+        group = self._group if of is _distributed.Clusters else self.rows.group
+        if group.rank == 1:
+            raise MemoryError("no room")
+        return method(self, *args)
+
+    def launch(fabric_params, function):
+        def run(group):
+            with group.together():
+                return function(group)
+
+        found.extend(in_each(groups_of(3), run))
+        raise found[0]
+
+    monkeypatch.setattr(of, step, fails_in_one)
+    monkeypatch.setattr(f"{cls.__module__}.launch", launch)
+    with pytest.raises(RuntimeError, match="process 1 of 3 failed"):
+        fitted(np.concatenate(SHARES), 3, cls=cls, k=2)
+    assert_all_failed(found, 1, MemoryError, "^no room$")
+
+
+def test_two_ways_to_ask_for_processes(groups):
+    settings = {"devices": 2, "accelerator": "cpu"}
+    for error in fit_shares(groups, *((mixture(trainer_params=settings), {}) for _ in groups)):
+        assert isinstance(error, ValueError)
+        assert re.search("trainer_params starts processes .*, and distributed names some that are there", str(error))
 
 
 # What is refused before a process is started
@@ -327,6 +631,7 @@ def assert_same_outcome(found, expected):
 
 def test_two_processes_give_the_fits_of_one(tmp_path):
     first, second = run(tmp_path, "ddp")
+    refused = [report.pop("apart") for report in (first, second)]
     assert first == second
     assert first.keys() == two_processes.fits().keys()
     for name, fit in two_processes.fits().items():
@@ -340,6 +645,17 @@ def test_two_processes_give_the_fits_of_one(tmp_path):
     assert error == "SingularCovarianceError"
     assert "is not positive definite" in message
     assert is_numpys
+    for name, what in (
+        ("components", "num_components is 2 in process 0 and 3"),
+        ("clusters", "random_state is 0 in process 0 and 1"),
+        ("rows", "the shape of X is (200, 3) in process 0 and (201, 3)"),
+    ):
+        message = f"{what} in process 1; all 2 processes need the same"
+        assert [report[name] for report in refused] == [["ValueError", message]] * 2
+    assert [report["callback"] for report in refused] == [
+        ["RuntimeError", "process 1 of 2 failed, and with it the fit: OSError: the disk is full"],
+        ["OSError", "the disk is full"],
+    ]
 
 
 def test_two_spawned_processes_give_the_fit_of_one(tmp_path):

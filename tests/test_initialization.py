@@ -83,6 +83,34 @@ def test_lloyd_ends_where_scikit_learns_does_from_the_same_seeds():
 
 
 @pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("unit", [2.0**-20, 2.0**14, 2.0**20])
+def test_lloyd_takes_the_same_iterations_in_every_unit(library, dtype, unit):
+    x = blobs(n=2000, d=3, k=5, seed=4, spread=3.0).astype(dtype)
+    movements = {1.0: [], unit: []}
+    results = {}
+    for scale, seen in movements.items():
+        rows = Rows(library.asarray(scale * x, dtype))
+        seeds = scale * x[:5].astype(np.float64)
+        results[scale] = lloyd(
+            clusters(rows), seeds, tolerance=1e-4, max_iter=300, callback=lambda i, move, seen=seen: seen.append(move)
+        )
+    assert results[unit].n_iter == results[1.0].n_iter > 3
+    assert results[unit].converged
+    assert [move / unit for move in movements[unit]] == movements[1.0]
+    assert np.array_equal(to_numpy(results[unit].centroids) / unit, to_numpy(results[1.0].centroids))
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e4, 1e6])
+def test_lloyd_stops_where_scikit_learn_does(unit):
+    x = unit * blobs(n=2000, d=3, k=5, seed=4, spread=3.0)
+    expected = ReferenceKMeans(5, init=x[:5], n_init=1, tol=1e-4, algorithm="lloyd").fit(x)
+    found = lloyd(clusters(Rows(x)), x[:5], tolerance=1e-4, max_iter=300)
+    assert found.n_iter == expected.n_iter_
+    assert_close(found.centroids / unit, expected.cluster_centers_ / unit, 1e-9)
+
+
+@pytest.mark.usefixtures("implementation")
 def test_an_empty_cluster_moves_to_the_farthest_row(library):
     x = np.array([[0.0], [1.0], [2.0], [50.0], [51.0], [100.0]])
     seeds = library.asarray([[1.0], [1000.0], [2000.0]])
@@ -122,6 +150,44 @@ def test_init_means_are_taken_as_kmeans_found_them(library, covariance):
     ).fit(library.asarray(x))
     labels = np.argmin(((x[:, None] - means) ** 2).sum(axis=2), axis=1)
     assert_close(to_numpy(mixture.means_), [x[labels == k].mean(axis=0) for k in range(2)], 1e-12)
+
+
+def in_memory(x, library):
+    return library.asarray(x)
+
+
+def in_blocks(x, library):
+    parts = [library.asarray(x[:150]), library.asarray(x[150:])]
+    return type("Parts", (), {"__iter__": lambda self: iter(parts)})()
+
+
+def in_dask(x, library):
+    if library.name != "numpy":
+        pytest.skip("Dask's arrays here are made of NumPy's")
+    return pytest.importorskip("dask.array").from_array(x, chunks=(150, 2))
+
+
+@pytest.mark.parametrize("source", [in_memory, in_blocks, in_dask])
+@pytest.mark.parametrize("given", [(30.0, 70.0), (1.0, 99.0)])
+def test_means_far_from_their_rows_cost_no_digits(library, covariance, source, given):
+    x = 100.0 * (np.arange(400) % 2)[:, None] + 1e-6 * np.random.RandomState(0).normal(size=(400, 2))
+    within = [np.cov(x[label::2].T, bias=True) for label in (0, 1)]
+    expected = {
+        "full": within,
+        "tied": np.mean(within, axis=0),
+        "diag": [np.diag(matrix) for matrix in within],
+        "spherical": [np.diag(matrix).mean() for matrix in within],
+    }[covariance.name]
+    data, means = source(x, library), np.repeat(np.array(given)[:, None], 2, axis=1)
+    for max_epochs in (0, 10):
+        mixture = GaussianMixture(
+            2,
+            covariance_type=covariance.name,
+            covariance_regularization=0,
+            init_means=means,
+            trainer_params={"max_epochs": max_epochs},
+        ).fit(data)
+        assert np.abs(to_numpy(mixture.covariances_) - expected).max() <= 1e-9 * np.abs(expected).max()
 
 
 def test_a_component_without_rows_keeps_its_place(library, covariance, dtype):

@@ -64,6 +64,24 @@ def test_strategies_and_seeds(strategy):
     assert first.converged_
 
 
+@pytest.mark.parametrize("bad", [X[:3], np.full((9, 3), np.nan), X[:, 0], 1e200 * X])
+def test_a_refused_fit_changes_nothing(bad):
+    frame = pytest.importorskip("pandas").DataFrame(X, columns=["a", "b", "c"])
+    clustering = KMeans(4, random_state=0).fit(frame)
+    before, labels = dict(vars(clustering)), clustering.predict(frame)
+    with pytest.raises(ValueError):
+        clustering.fit(bad)
+    assert vars(clustering).keys() == before.keys()
+    assert all(value is before[name] for name, value in vars(clustering).items())
+    assert np.array_equal(clustering.predict(frame), labels)
+
+
+def test_what_was_fitted_knows_its_number_of_clusters():
+    clustering = KMeans(4, random_state=0).fit(X)
+    clustering.set_params(num_clusters=7)
+    assert len(clustering.get_feature_names_out()) == clustering.transform(X).shape[1] == 4
+
+
 def test_max_epochs_ends_early():
     clustering = KMeans(4, trainer_params={"max_epochs": 1}, convergence_tolerance=0, random_state=0).fit(X)
     assert clustering.num_iter_ == 1

@@ -2,7 +2,12 @@
 
 import dataclasses
 import logging
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -378,6 +383,168 @@ def test_blas_is_limited_by_one_thread_and_restored_by_another():
         found, inside = pool.submit(second).result(20)
     assert (found, set(inside)) == (1, {1})
     assert threads() == before
+
+
+def blas_threads():
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+
+def in_child(function, seconds=10):
+    """The exit status of a forked process: 0 where `function()` is true there; None where it has not ended in time."""
+    pid = os.fork()
+    if pid == 0:
+        status = 2
+        try:
+            status = 0 if function() else 1
+        finally:
+            os._exit(status)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+# Python 3.12 warns of every fork beside threads.
+may_fork = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+@forks
+@may_fork
+def test_a_fork_while_other_threads_fit(monkeypatch):
+    monkeypatch.setattr(_numpy, "SLAB_FLOPS", 10**5)
+    x = blobs(n=2000, d=3, k=3, seed=4)
+
+    def fitted():
+        mixture = GaussianMixture(3, covariance_type="tied", tol=0, max_iter=2, random_state=0).fit(x)
+        return mixture.means_, mixture.predict(x)
+
+    def fits_alike():
+        found = fitted()
+        return blas_threads() == before and all(map(np.array_equal, found, expected))
+
+    before, expected, ended = blas_threads(), fitted(), threading.Event()
+
+    def fit_on():
+        while not ended.is_set():
+            fitted()
+
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(fit_on) for _ in range(2)]
+        try:
+            assert [in_child(fits_alike) for _ in range(25)] == [0] * 25
+        finally:
+            ended.set()
+    assert [other.result() for other in others] == [None, None]
+    assert blas_threads() == before
+
+
+@forks
+@may_fork
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_the_setting_of_blas_in_a_forked_process(is_inside):
+    """The thread that forks may be inside as well: in the child it is the last to leave."""
+    before = blas_threads()
+    entered, left = threading.Event(), threading.Event()
+
+    def other():
+        with _numpy.one_blas_thread():
+            entered.set()
+            assert left.wait(20)
+
+    def is_restored():
+        return blas_threads() == before and _numpy._blas.inside == 0
+
+    def leaves():
+        if set(blas_threads()) != {1}:
+            return False
+        inside.__exit__(None, None, None)
+        return is_restored()
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(other)
+        assert entered.wait(10)
+        inside = _numpy.one_blas_thread()
+        if is_inside:
+            inside.__enter__()
+        try:
+            assert in_child(leaves if is_inside else is_restored) == 0
+        finally:
+            if is_inside:
+                inside.__exit__(None, None, None)
+            left.set()
+        waiting.result(20)
+    assert is_restored()
+
+
+LATE = """
+import atexit, concurrent.futures.thread, sys, threading, time, warnings
+import numpy as np
+from threadpoolctl import threadpool_limits
+from gaussmix import GaussianMixture, KMeans, _numpy
+from gaussmix.sklearn import GaussianMixture as SklearnMixture
+
+warnings.simplefilter("ignore")
+_numpy.SLAB_FLOPS = 1
+file = np.load(sys.argv[2], mmap_mode="r")
+x = np.array(file)
+
+def outcome():
+    found = []
+    for cls in (GaussianMixture, SklearnMixture, KMeans):
+        for data in (x, file):
+            estimator = cls(3, random_state=0).fit(data)
+            found += [estimator.predict(data).tolist(), estimator.score(data)]
+    return found
+
+def late():
+    assert concurrent.futures.thread._shutdown
+    with threadpool_limits(2):
+        print(outcome() == expected)
+
+def outlive():
+    while not concurrent.futures.thread._shutdown:
+        time.sleep(0.01)
+    late()
+
+expected = outcome()
+if sys.argv[1] == "atexit":
+    atexit.register(late)
+else:
+    threading.Thread(target=outlive).start()
+"""
+
+
+@pytest.mark.parametrize("when", ["atexit", "thread"])
+def test_what_runs_while_the_interpreter_shuts_down(when, tmp_path):
+    np.save(tmp_path / "x.npy", blobs(n=2000, d=3, k=3, seed=4))
+    script = [sys.executable, "-c", LATE, when, str(tmp_path / "x.npy")]
+    job = subprocess.run(script, capture_output=True, text=True, timeout=60)
+    assert (job.returncode, job.stdout, job.stderr) == (0, "True\n", "")
+
+
+def test_a_system_without_threads_left(monkeypatch):
+    monkeypatch.setattr(_numpy, "SLAB_FLOPS", 1)
+    x = blobs(n=2000, d=3, k=3, seed=4)
+    with threadpool_limits(2, user_api="blas"):
+        expected = GaussianMixture(3, random_state=0).fit(x)
+        started, begin = [], threading.Thread.start
+
+        def start(thread):
+            if len(started) % 2:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+            begin(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", start)
+        found = GaussianMixture(3, random_state=0).fit(x)
+    assert started
+    assert found.lower_bounds_ == expected.lower_bounds_
 
 
 def test_dispatch_says_why(monkeypatch):

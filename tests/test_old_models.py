@@ -308,7 +308,9 @@ class TestDamage:
         state = mixture_state("diag")[1]
         state["means"][1, 2] = torch.nan
         torch.save(state, tmp_path / "model" / "parameters.pt")
-        with pytest.raises(ValueError, match="means_ contains NaN or infinity, the fit had failed; fit again"):
+        with pytest.raises(
+            ValueError, match="Input contains NaN in the parameter 'means'.*fit again where the fit had failed"
+        ):
             GaussianMixture.load(tmp_path)
 
     def test_unknown_parameters(self, tmp_path):
@@ -316,10 +318,58 @@ class TestDamage:
         with pytest.raises(ValueError, match=r"params\.json has parameters that .* \['num_moons'\]; remove them"):
             GaussianMixture.load(tmp_path)
 
-    @pytest.mark.parametrize("attributes", ["[1]", '{"num_iter_": "many"}', '{"nll_": null}'])
+    @pytest.mark.parametrize(
+        "attributes",
+        [
+            "[1]",
+            '{"num_iter_": "many"}',
+            '{"num_iter_": -1}',
+            '{"num_iter_": 1.5}',
+            '{"num_iter_": 1%s}' % ("0" * 400),
+            '{"nll_": null}',
+            '{"nll_": NaN}',
+            '{"converged_": "no"}',
+            "[" * 100_000,
+        ],
+        ids=range(9),
+    )
     def test_attributes_of_another_kind(self, tmp_path, attributes):
         (write_mixture(tmp_path) / "attributes.json").write_text(attributes)
         with pytest.raises(ValueError, match=r"attributes\.json is damaged"):
+            GaussianMixture.load(tmp_path)
+
+    @pytest.mark.parametrize(
+        "params",
+        [
+            {"num_components": "3"},
+            {"num_components": 10**400},
+            {"init_strategy": ["kmeans"]},
+            {"init_means": "many"},
+            {"trainer_params": [1]},
+            {"batch_size": 0.5},
+            {"covariance_regularization": "small"},
+        ],
+    )
+    def test_parameters_of_another_kind(self, tmp_path, params):
+        folder = write_mixture(tmp_path)
+        (folder / PARAMS).write_text(json.dumps(MIXTURE | params))
+        for _ in ("fitted", "unfitted"):
+            with pytest.raises(ValueError, match="is damaged"):
+                GaussianMixture.load(folder)
+            shutil.rmtree(folder / "model", ignore_errors=True)
+            (folder / "attributes.json").unlink(missing_ok=True)
+
+    def test_a_model_without_tensors(self, tmp_path):
+        torch.save({}, write_mixture(tmp_path / "mixture") / "model" / "parameters.pt")
+        torch.save({}, write_clustering(tmp_path / "clustering") / "model" / "parameters.pt")
+        for cls, name in ((GaussianMixture, "mixture"), (KMeans, "clustering")):
+            with pytest.raises(ValueError, match=r"model is damaged: it holds no \w+ \(.* are not there\)"):
+                cls.load(tmp_path / name)
+
+    def test_a_model_that_is_a_link_to_nothing(self, tmp_path):
+        (tmp_path / PARAMS).write_text(json.dumps(MIXTURE))
+        (tmp_path / "model").symlink_to("nowhere")
+        with pytest.raises(FileNotFoundError, match="holds no saved model"):
             GaussianMixture.load(tmp_path)
 
     def test_what_no_library_wrote(self, tmp_path):

@@ -621,7 +621,7 @@ def lloyd(x, centroids, iterations=300, tolerance=0.0):
         moved = np.stack([x[labels == k].mean(axis=0) for k in range(len(centroids))])
         movements.append(np.linalg.norm(moved - centroids))
         centroids = moved
-        if movements[-1] <= tolerance * x.var(axis=0).mean():
+        if movements[-1] ** 2 <= tolerance * x.var(axis=0).mean():
             return centroids, movements, True
     return centroids, movements, False
 
@@ -993,6 +993,7 @@ ADDED = {
         "precisions_cholesky_": test_mixture_precisions_cholesky_,
         "lower_bounds_": test_mixture_lower_bounds_,
         "n_steps_": "test_partial_fit.py",
+        "covariance_type_": "test_sklearn.py",
         "backend_": test_mixture_backend_,
         "precision_": test_mixture_precision_,
     },

@@ -90,7 +90,7 @@ def test_warm_start_goes_on_where_the_last_fit_ended(covariance, unconverged):
     assert_close(parts.means_, whole.means_, 1e-12)
     assert_close(parts.covariances_, whole.covariances_, 1e-12)
     assert parts.n_iter_ == 6
-    with pytest.raises(ValueError, match="warm_start goes on from means of shape"):
+    with pytest.raises(ValueError, match="warm_start goes on from a mixture with n_components=3, and it is 4 now"):
         parts.set_params(n_components=4, weights_init=None, means_init=None, precisions_init=None).fit(X)
 
 
@@ -219,3 +219,175 @@ def test_a_model_fitted_in_one_library_predicts_in_another(library, covariance):
     proba = mixture.predict_proba(library.asarray(X))
     assert library.owns(proba)
     assert_close(to_numpy(proba), mixture.predict_proba(X), 1e-12)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_an_integer_random_state_gives_scikit_learns_fit(covariance, unit):
+    x = unit * blobs(n=3000, d=3, k=4, seed=2, spread=2.0)
+    settings = dict(covariance_type=covariance.name, reg_covar=1e-6 * unit**2, random_state=3)
+    theirs, ours = (cls(4, **settings).fit(x) for cls in (Reference, GaussianMixture))
+    assert ours.n_iter_ == theirs.n_iter_ > 2
+    assert_close(ours.weights_, theirs.weights_, 1e-9, "weights")
+    assert_close(ours.means_ / unit, theirs.means_ / unit, 1e-9, "means")
+    assert_close(ours.covariances_ / unit**2, theirs.covariances_ / unit**2, 1e-9, "covariances")
+    assert abs(ours.lower_bound_ - theirs.lower_bound_) < 1e-9
+
+
+def nearly_equal_features(dtype="float32"):
+    """Rows whose features nearly agree: their covariances, rounded to float32, are those of another mixture."""
+    rng = np.random.RandomState(0)
+    return (1e4 * rng.normal(size=(5000, 1)) + rng.normal(size=(5000, 3))).astype(dtype)
+
+
+@pytest.mark.parametrize("cls", [GaussianMixture, PyCaveMixture])
+class TestTheFactorIsTheTruth:
+    """What needs covariances again has those of the factor, however they are rounded."""
+
+    x = nearly_equal_features()
+
+    def fitted(self, cls, library, name):
+        return cls(1, covariance_type=name, random_state=0).fit(library.asarray(self.x))
+
+    @pytest.mark.parametrize("name", ["full", "tied"])
+    def test_samples_are_as_wide_as_the_data(self, cls, library, name):
+        sampled = self.fitted(cls, library, name).set_params(random_state=1).sample(5000)
+        rows = to_numpy(sampled[0] if isinstance(sampled, tuple) else sampled).astype(np.float64)
+        expected = self.x.astype(np.float64)
+        for i, j in ((0, 1), (1, 2)):
+            # Five standard errors of a standard deviation from 5000 rows.
+            assert abs(np.std(rows[:, i] - rows[:, j]) / np.std(expected[:, i] - expected[:, j]) - 1) < 0.05
+
+    @pytest.mark.parametrize("name", ["full", "tied", "diag", "spherical"])
+    def test_published_parameters_make_the_same_mixture(self, cls, library, name):
+        mixture, x = self.fitted(cls, library, name), library.asarray(self.x)
+        again = cls.from_parameters(mixture.weights_, mixture.means_, mixture.covariances_, covariance_type=name)
+        assert abs(again.score(x) - mixture.score(x)) < 1e-3
+        assert again.precisions_cholesky_.dtype == mixture.means_.dtype == x.dtype
+
+    @pytest.mark.parametrize("name", ["full", "tied", "diag", "spherical"])
+    def test_a_step_on_the_same_rows_changes_nothing(self, cls, library, name):
+        mixture, x = self.fitted(cls, library, name), library.asarray(self.x)
+        before = mixture.score(x)
+        assert abs(mixture.partial_fit(x).score(x) - before) < 1e-3
+
+    @pytest.mark.parametrize("name", ["full", "tied"])
+    def test_conversions_score_alike(self, cls, library, name):
+        mixture = self.fitted(cls, library, name)
+        sign = 1 if cls is GaussianMixture else -1
+        theirs = mixture.to_sklearn()
+        assert abs(theirs.score(self.x) - sign * mixture.score(library.asarray(self.x))) < 1e-2
+        start = Reference(1, covariance_type=name, max_iter=2, precisions_init=theirs.precisions_, tol=1e6).fit(
+            self.x.astype(np.float64)
+        )
+        assert abs(start.lower_bound_ - sign * mixture.score(library.asarray(self.x))) < 1e-2
+        back = cls.from_sklearn(theirs)
+        assert abs(back.score(self.x) - mixture.score(library.asarray(self.x))) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["full", "tied", "diag", "spherical"])
+def test_float32_fits_go_on_where_they_were(library, name):
+    x = library.asarray(nearly_equal_features())
+    mixture = GaussianMixture(1, covariance_type=name, random_state=0, warm_start=True).fit(x)
+    before = mixture.score(x)
+    assert abs(mixture.fit(x).score(x) - before) < 1e-3
+    given = GaussianMixture(
+        1,
+        covariance_type=name,
+        max_iter=0,
+        weights_init=mixture.weights_,
+        means_init=mixture.means_,
+        precisions_init=mixture.precisions_,
+    ).fit(x)
+    assert abs(given.score(x) - before) < 1e-3
+
+
+def test_covariances_keep_the_dtype_of_the_data_where_it_has_room_for_them(library, covariance, dtype):
+    mixture = GaussianMixture(3, covariance_type=covariance.name, random_state=0).fit(library.asarray(X, dtype))
+    for name in ("covariances_", "precisions_", "precisions_cholesky_", "means_", "weights_"):
+        assert str(getattr(mixture, name).dtype).endswith(dtype)
+
+
+@pytest.mark.parametrize("change", ["covariance_type", "components"])
+@pytest.mark.parametrize("cls", [GaussianMixture, PyCaveMixture])
+def test_what_was_fitted_knows_what_it_is(cls, covariance, change):
+    x = X  # d = k: shapes of several types agree
+    mixture = cls(3, covariance_type=covariance.name, random_state=0).fit(x)
+    names = ["score_samples", "predict", "predict_proba", "score"] + (["bic"] if cls is GaussianMixture else [])
+    before = [getattr(mixture, name)(x) for name in names]
+    k_name = "n_components" if cls is GaussianMixture else "num_components"
+    other = "tied" if covariance.name == "full" else "full"
+    changed = {k_name: 2} if change == "components" else {"covariance_type": other}
+    mixture.set_params(**changed)
+    assert mixture.covariance_type_ == covariance.name
+    after = [getattr(mixture, name)(x) for name in names]
+    for one, two in zip(before, after, strict=True):
+        assert np.array_equal(one, two)
+    sampled = mixture.set_params(random_state=0).sample(10)
+    assert np.shape(sampled[0] if isinstance(sampled, tuple) else sampled) == (10, 3)
+    (name, value) = next(iter(changed.items()))
+    for method in (lambda: mixture.partial_fit(x), mixture.to_sklearn):
+        with pytest.raises(ValueError, match=f"{name}=.*it is {value!r} now; set it back, or start anew"):
+            method()
+    if cls is GaussianMixture:
+        with pytest.raises(ValueError, match=f"warm_start goes on from a mixture with {name}="):
+            mixture.set_params(warm_start=True).fit(x)
+    assert np.array_equal(getattr(mixture, names[0])(x), before[0])
+
+
+@pytest.mark.parametrize("cls", [GaussianMixture, PyCaveMixture])
+def test_attributes_by_hand_that_do_not_fit_are_refused(cls, covariance):
+    mixture = cls(3, covariance_type=covariance.name, random_state=0).fit(X)
+    mixture.precisions_cholesky_ = np.ones((2, 2, 2, 2))
+    with pytest.raises(ValueError, match=r"precisions_cholesky_ has shape \(2, 2, 2, 2\); .* take"):
+        mixture.predict(X)
+
+
+REFUSED = {
+    "too few rows": lambda x: x[:1],
+    "NaN": lambda x: np.where(np.arange(len(x))[:, None] == 3, np.nan, x),
+    "other width": lambda x: x[:, :2] * np.inf,
+    "too large": lambda x: 1e200 * x,
+    "one dimension": lambda x: x[:, 0],
+    "text": lambda x: [["a", "b", "c"]] * 9,
+    "collapse": lambda x: np.repeat(x[:2], 50, axis=0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:X does not have valid feature names")
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+@pytest.mark.parametrize("cls", [GaussianMixture, PyCaveMixture])
+def test_a_refused_fit_changes_nothing(cls, method, kind, covariance):
+    frame = pytest.importorskip("pandas").DataFrame(X, columns=["a", "b", "c"])
+    reg = {"reg_covar" if cls is GaussianMixture else "covariance_regularization": 0}
+    mixture = cls(3, covariance_type=covariance.name, random_state=0, **reg).fit(frame)
+    before, labels = dict(vars(mixture)), mixture.predict(frame)
+    bad = REFUSED[kind](X)
+    if (method, kind) in (("partial_fit", "collapse"), ("partial_fit", "too few rows")):
+        pytest.skip("a step on few rows is none that is refused")
+    with pytest.raises((ValueError, TypeError, np.linalg.LinAlgError)):
+        getattr(mixture, method)(bad)
+    assert vars(mixture).keys() == before.keys()
+    assert all(value is before[name] for name, value in vars(mixture).items())
+    assert np.array_equal(mixture.predict(frame), labels)
+    new = cls(3, covariance_type=covariance.name, **reg)
+    with pytest.raises((ValueError, TypeError, np.linalg.LinAlgError)):
+        new.fit(bad)
+    assert not [name for name in vars(new) if name.endswith("_")]
+
+
+@pytest.mark.parametrize("name", ["full", "diag", "spherical"])
+def test_starts_that_collapse_leave_the_others(name):
+    # Two far points twice each: a component that takes such a pair alone has no width.
+    rng = np.random.RandomState(0)
+    x = np.concatenate([rng.normal(size=(50, 2)), [[9.0, 9.0]] * 2])
+    # tol: a start ends before the others find the pair.
+    settings = dict(covariance_type=name, reg_covar=0, tol=1e6, init_params="random_from_data", random_state=0)
+    with pytest.raises(np.linalg.LinAlgError):
+        GaussianMixture(3, **settings, means_init=[x[0], x[1], x[-1]]).fit(x)
+    settings["n_init"] = 12
+    with pytest.warns(sklearn.exceptions.ConvergenceWarning, match=r"\d+ of 12 starts failed.*not positive definite"):
+        mixture = GaussianMixture(3, **settings).fit(x)
+    assert np.isfinite(mixture.score(x))
+    with pytest.raises(np.linalg.LinAlgError, match="ill-defined empirical covariance"):
+        GaussianMixture(2, **settings).fit(np.ones((20, 2)))

@@ -520,7 +520,7 @@ def test_from_sklearn(covariance, dtype):
     params = ours.get_params(), theirs.get_params()
     assert params[0].keys() == params[1].keys()
     assert all(np.array_equal(params[0][name], params[1][name]) for name in params[0])
-    assert vars(ours).keys() == vars(theirs).keys()
+    assert vars(ours).keys() == vars(theirs).keys() | {"covariance_type_"}
     for name in ARRAYS:
         assert getattr(ours, name).dtype == dtype
         assert_close(getattr(ours, name), getattr(theirs, name), 1e-12 if dtype == "float64" else 1e-5, name)
@@ -731,6 +731,11 @@ def test_set_partial_fit_request():
         assert mixture.get_metadata_routing().partial_fit.requests == {"sample_weight": True}
 
 
+def test_covariance_type_(covariance):
+    mixture = GaussianMixture(3, covariance_type=covariance.name, random_state=0).fit(X)
+    assert mixture.set_params(covariance_type="no longer").covariance_type_ == covariance.name
+
+
 def test_n_steps_():
     mixture = GaussianMixture(2, random_state=0).fit(X)
     assert [mixture.n_steps_, mixture.partial_fit(X).n_steps_, mixture.partial_fit(X).n_steps_] == [0, 1, 2]
@@ -781,6 +786,7 @@ ADDED = {
     "partial_fit": test_partial_fit,
     "set_partial_fit_request": test_set_partial_fit_request,
     "n_steps_": test_n_steps_,
+    "covariance_type_": test_covariance_type_,
     "from_parameters": test_from_parameters,
     "from_sklearn": test_from_sklearn,
     "to_sklearn": test_to_sklearn,

@@ -1,10 +1,13 @@
 """Models as torch modules: values, gradients, programs and files, against the textbook."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import typing
+import zipfile
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,10 +16,13 @@ import oracle
 from cases import LOG_PROB_TOLERANCE, PARAMETER_TOLERANCE, assert_close
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
+from gaussmix._files import with_arrays
 
 torch = pytest.importorskip("torch")
 
-import gaussmix.torch as gt  # noqa: E402 (needs torch)
+from safetensors.torch import save as serialize  # noqa: E402 (needs torch)
+
+import gaussmix.torch as gt  # noqa: E402
 
 SIZES = [(1, 1, 1), (3, 1, 5), (1, 4, 3), (2, 2, 1), (5, 7, 13)]  # k, d, n
 
@@ -300,7 +306,7 @@ class TestFiles:
         }
 
     def test_views_of_one_array(self, tmp_path):
-        both = rows(2, 2)
+        both = (rows(2, 2).abs() + 1).tril()
         model = gt.GaussianMixtureModel.of([0.5, 0.5], both, both.T, "tied")
         model.save(tmp_path)
         assert torch.equal(gt.GaussianMixtureModel.load(tmp_path).precisions_cholesky, both.T)
@@ -348,6 +354,21 @@ class TestFiles:
         with pytest.raises(NotADirectoryError, match="is a file"):
             model_of("diag", 1, 1).save(tmp_path / "config.json")
 
+    def test_parameters_that_are_a_link_to_nothing(self, saved):
+        torch.save(model_of("full", 3, 2).state_dict(), saved / "parameters.pt")  # which are not what was saved last
+        (saved / "parameters.safetensors").unlink()
+        (saved / "parameters.safetensors").symlink_to("nowhere")
+        with pytest.raises(ValueError, match=r"parameters\.safetensors is damaged: it is no file, or a link"):
+            gt.GaussianMixtureModel.load(saved)
+
+    def test_weights_that_were_rounded(self, saved):
+        """To half precision, and made float again."""
+        model = gt.GaussianMixtureModel.of(np.full(200, 0.005), np.zeros((200, 1)), np.ones(200), "spherical")
+        rounded = model.bfloat16().double()
+        assert abs(rounded.component_probs.sum() - 1) > 1e-4
+        rounded.save(saved)
+        assert torch.equal(gt.GaussianMixtureModel.load(saved).component_probs, rounded.component_probs)
+
     @pytest.mark.parametrize("keep", [0, 4, 100, -1])
     def test_a_truncated_file(self, saved, keep):
         path = saved / "parameters.safetensors"
@@ -384,6 +405,121 @@ class TestFiles:
         state = state and {name: torch.tensor(value) for name, value in state.items()}
         torch.save(state, tmp_path / "parameters.pt")
         with pytest.raises(ValueError, match="is damaged: it holds no KMeansModel"):
+            gt.KMeansModel.load(tmp_path)
+
+    @pytest.mark.parametrize("precision", ["float16", "bfloat16", "float32", "float64"])
+    @pytest.mark.parametrize(
+        ("name", "change"),
+        [
+            ("component_probs", lambda x: -x),
+            ("component_probs", lambda x: 2 * x),
+            ("component_probs", lambda x: x.cfloat()),
+            ("component_probs", lambda x: x[:2]),
+            ("means", lambda x: x * torch.nan),
+            ("means", lambda x: x / 0),
+            ("means", lambda x: x.int()),
+            ("means", lambda x: x[:, :1]),
+            ("precisions_cholesky", lambda x: -x),
+            ("precisions_cholesky", lambda x: 0 * x),
+            ("precisions_cholesky", lambda x: x + torch.ones_like(x).tril(-1)),
+            ("precisions_cholesky", lambda x: x * torch.inf),
+        ],
+    )
+    def test_values_that_no_mixture_has(self, tmp_path, precision, name, change):
+        """In a file of ours, whose digest is right, and in one of PyCave's."""
+        model = model_of("full", 3, 2).to(getattr(torch, precision))
+        config, buffers = asdict(model.config), {name: b.contiguous() for name, b in model.named_buffers()}
+        bad = buffers | {name: change(buffers[name]).contiguous()}
+        for folder in ("ours", "theirs"):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "config.json").write_text(json.dumps(config))
+        for content, refused in ((buffers, False), (bad, True)):
+            (tmp_path / "ours" / "parameters.safetensors").write_bytes(with_arrays(content, config, serialize))
+            torch.save(content, tmp_path / "theirs" / "parameters.pt")
+            for folder in ("ours", "theirs"):
+                with pytest.raises(ValueError, match="is damaged") if refused else contextlib.nullcontext():
+                    gt.GaussianMixtureModel.load(tmp_path / folder)
+
+    def test_values_that_could_not_be_loaded_are_not_saved(self, tmp_path, covariance):
+        model = model_of(covariance.name, 3, 2)
+        for name in ("component_probs", "means", "precisions_cholesky"):
+            bad = model.clone()
+            bad.get_buffer(name).fill_(torch.nan)
+            with pytest.raises(ValueError, match="contains NaN"):
+                bad.save(tmp_path / "model")
+        with pytest.raises(ValueError, match="contains NaN"):
+            gt.KMeansModel.of([[np.nan]]).save(tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+
+    @pytest.mark.parametrize("left", [(), ("means",), ("means", "component_probs")])
+    def test_buffers_that_are_missing(self, tmp_path, left):
+        """A model without any would be drawn at random."""
+        model = model_of("diag", 3, 2)
+        config, buffers = asdict(model.config), {name: model.get_buffer(name).contiguous() for name in left}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        torch.save(buffers, tmp_path / "parameters.pt")
+        with pytest.raises(ValueError, match=r"it holds no GaussianMixtureModel \(.*'precisions_cholesky'.* not there"):
+            gt.GaussianMixtureModel.load(tmp_path)
+        (tmp_path / "parameters.safetensors").write_bytes(with_arrays(buffers, config, serialize))
+        with pytest.raises(ValueError, match=r"it holds no GaussianMixtureModel \(.*'precisions_cholesky'.* not there"):
+            gt.GaussianMixtureModel.load(tmp_path)
+        (tmp_path / "parameters.safetensors").write_bytes(
+            with_arrays({}, {"num_clusters": 3, "num_features": 2}, serialize)
+        )
+        with pytest.raises(ValueError, match=r"it holds no KMeansModel \(\['centroids'\] are not there"):
+            gt.KMeansModel.load(tmp_path)
+
+    @pytest.mark.parametrize(
+        "tensor",
+        [
+            torch.eye(2).to_sparse(),
+            torch.eye(2, dtype=torch.complex64),
+            torch.eye(2, device="meta"),
+            torch.eye(2).int(),
+            torch.zeros(1).expand(2, 2),
+            torch.nn.Parameter(torch.eye(2)),
+            bytearray(10),
+            [1.0],
+        ],
+        ids=lambda value: str(getattr(value, "layout", type(value)))[-12:],
+    )
+    def test_what_is_no_dense_tensor(self, tmp_path, tensor):
+        (tmp_path / "config.json").write_text('{"num_clusters": 2, "num_features": 2}')
+        torch.save({"centroids": tensor}, tmp_path / "parameters.pt")
+        with pytest.raises(ValueError, match="is damaged"):
+            gt.KMeansModel.load(tmp_path)
+
+    @pytest.mark.parametrize("bomb", ["compressed", "too large", "repeated"])
+    def test_files_that_unpack_to_more_than_the_tensors_take(self, tmp_path, bomb, monkeypatch):
+        (tmp_path / "config.json").write_text('{"num_clusters": 2, "num_features": 2}')
+        path = tmp_path / "parameters.pt"
+        torch.save({"centroids": torch.zeros(2**24 if bomb == "too large" else 4)}, path)
+        if bomb != "too large":
+            with zipfile.ZipFile(path) as archive:
+                entries = {name: archive.read(name) for name in archive.namelist()}
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+                for name, content in entries.items():
+                    archive.writestr(name, content if "/data/" not in name else bytes(2**24))
+                if bomb == "repeated":  # one entry of the directory for the same bytes many times
+                    archive.filelist *= 100
+        monkeypatch.setattr(torch, "load", None)
+        with pytest.raises(ValueError, match=r"parameters\.pt is damaged: .* \d+ bytes"):
+            gt.KMeansModel.load(tmp_path)
+        if bomb != "too large":  # nor does a config help that says so
+            (tmp_path / "config.json").write_text('{"num_clusters": 1000000, "num_features": 1000000}')
+            with pytest.raises(ValueError, match=r"it unpacks to \d+ bytes"):
+                gt.KMeansModel.load(tmp_path)
+
+    @pytest.mark.parametrize("value", [10**400, 10**15, -1, True, 2.0, "2", None, [2], {"a": 2}])
+    def test_configs_of_no_size(self, tmp_path, value):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({"num_clusters": value, "num_features": 2}))
+        for content in ({"centroids": torch.zeros(2, 2)}, {}):
+            torch.save(content, tmp_path / "parameters.pt")
+            with pytest.raises(ValueError, match="is damaged"):
+                gt.KMeansModel.load(tmp_path)
+        path.write_text("[" * 100_000)
+        with pytest.raises(ValueError, match=r"config\.json is damaged: it is nested too deeply"):
             gt.KMeansModel.load(tmp_path)
 
     def test_another_model(self, saved):

@@ -104,13 +104,54 @@ def test_what_is_wrong_in_one_process_is_raised_in_all(job):
         assert second[name][0] == "ValueError"
         assert re.match(message, second[name][1])
     for name, message in (
-        ("widths", r"processes have rows of \[2, 3\] features; all need the same number"),
+        ("widths", r"the number of features is 3 in process 0 and 2 in process 1; all 2 processes need the same"),
         ("too few rows", "Expected n_samples >= num_components but got num_components = 3, n_samples = 2"),
         ("no rows", ".*n_samples = 0"),
     ):
         assert first[name] == second[name]
         assert first[name][0] == "ValueError"
         assert re.match(message, first[name][1])
+
+
+def test_processes_that_are_told_different_things(job):
+    _, _, (first, second) = job
+    reports = [report["told otherwise"] for report in (first, second)]
+    for report in reports:
+        assert report.keys() == torchrun_fits.told_otherwise(0).keys()
+        assert all(duration < 5 for _, duration in report.values())
+    firsts, seconds = ({name: found for name, (found, _) in report.items()} for report in reports)
+    for name, what in (
+        ("num_components", "num_components is 3 in process 0 and 4"),
+        ("covariance_type", "covariance_type is 'full' in process 0 and 'spherical'"),
+        ("init_strategy", "init_strategy is 'kmeans' in process 0 and 'random'"),
+        ("num_components that is bad", "num_components is 3 in process 0 and -1"),
+        ("max_epochs", "max_epochs is 8 in process 0 and 9"),
+        ("the dtype", "the dtype of X is 'float64' in process 0 and 'float32'"),
+        ("resume", "resume is False in process 0 and True"),
+        ("weights", "whether sample_weight is given is False in process 0 and True"),
+        ("tol of scikit-learn", "tol is 0.001 in process 0 and 0.0001"),
+    ):
+        assert firsts[name] == seconds[name] == ["ValueError", f"{what} in process 1; all 2 processes need the same"]
+    for name, error, message in (
+        ("trainer_params", "TypeError", "trainer_params has unknown settings"),
+        ("callback that fails", "KeyError", '"a callback\'s"'),
+        *((name, "OSError", "the disk is gone") for name in torchrun_fits.FAILING),
+    ):
+        assert seconds[name][0] == error, name
+        assert seconds[name][1].startswith(message)
+        assert firsts[name] == [
+            *("RuntimeError", f"process 1 of 2 failed, and with it the fit: {error}: {seconds[name][1]}")
+        ]
+
+
+def test_a_callback_of_one_process_alone(job):
+    _, _, (first, second) = job
+    for name, last in (("callback of the first", 3), ("callback of the second", 3), ("as before", 8)):
+        found, _ = first["told otherwise"][name]
+        assert found == second["told otherwise"][name][0]
+        assert len(found["lower_bounds_"]) == last
+    expected = torchrun_fits.outcome(torchrun_fits.mixture(), torchrun_fits.X, None)
+    assert_same_outcome(first["told otherwise"]["as before"][0], expected, 1e-9)
 
 
 def test_an_error_ends_the_job(job):

@@ -7,6 +7,7 @@ NaN, about which nobody catches the error.
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -96,13 +97,66 @@ def refused(rank):
     }
 
 
+def told_otherwise(rank):
+    """Fits of which the second process is told something else, or its source or callback fails; by name."""
+    own = X[:HALF] if rank == 0 else X[HALF:]
+
+    def on_second(value, other):
+        return value if rank == 0 else other
+
+    def callback(iteration, bound, parameters):
+        return iteration == 3
+
+    def raising(iteration, bound, parameters):
+        if iteration == 2:
+            raise KeyError("a callback's")
+
+    settings = on_second({"max_epochs": 8}, {"max_epochs": 9})
+    sources = {name: on_second(own, Failing(own, fails_in)) for name, fails_in in FAILING.items()}
+    return {
+        "num_components": (mixture(k=on_second(3, 4)), own, None, {}),
+        "covariance_type": (mixture(covariance_type=on_second("full", "spherical")), own, None, {}),
+        "init_strategy": (mixture(init_strategy=on_second("kmeans", "random")), own, None, {}),
+        "num_components that is bad": (mixture(k=on_second(3, -1)), own, None, {}),
+        "max_epochs": (mixture(max_epochs=settings["max_epochs"]), own, None, {}),
+        "the dtype": (mixture(), own.astype(on_second(np.float64, np.float32)), None, {}),
+        "resume": (mixture(), own, None, {"checkpoint": "nowhere/at all", "resume": on_second(False, True)}),
+        "weights": (mixture(), own, on_second(None, np.ones(len(own))), {}),
+        "tol of scikit-learn": (SklearnMixture(3, tol=on_second(1e-3, 1e-4)), own, None, {}),
+        "trainer_params": (GaussianMixture(3, trainer_params=on_second({}, {"epochs": 3})), own, None, {}),
+        "callback of the first": (mixture(), own, None, {"callback": on_second(callback, None)}),
+        "callback of the second": (SklearnMixture(3, tol=0), own, None, {"callback": on_second(None, callback)}),
+        "callback that fails": (mixture(covariance_type="full"), own, None, {"callback": on_second(None, raising)}),
+        **{name: (mixture(covariance_type="full"), source, None, {}) for name, source in sources.items()},
+        "as before": (mixture(), own, None, {}),
+    }
+
+
+class Failing(InBlocks):
+    """Blocks that can not be read in one of the passes."""
+
+    def __init__(self, x, fails_in):
+        super().__init__(x)
+        self.passes, self.fails_in = 0, fails_in
+
+    def __iter__(self):
+        self.passes += 1
+        if self.passes == self.fails_in:
+            raise OSError("the disk is gone")
+        return super().__iter__()
+
+
+# The pass in which the source of the second process fails.
+FAILING = {"the first pass": 1, "the sample": 2, "the start": 3, "an iteration": 6}
+
+
 def outcome(estimator, x, weight, **arguments):
     """The fitted attributes as JSON has them, or the error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         try:
             estimator.fit(x, sample_weight=weight, **arguments)
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:
             return [type(error).__name__, str(error)]
     fitted = {name: getattr(estimator, name) for name in ATTRIBUTES}
     return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in fitted.items()}
@@ -117,6 +171,11 @@ def main(folder):
         found[name] = outcome(estimator, *share, distributed="torch")
     for name, fit in refused(rank).items():
         found[name] = outcome(*fit, distributed="torch")
+    found["told otherwise"] = {}
+    for name, (*fit, arguments) in told_otherwise(rank).items():
+        begin = time.monotonic()
+        report = outcome(*fit, distributed="torch", **arguments)
+        found["told otherwise"][name] = [report, time.monotonic() - begin]
     import torch.distributed
 
     whole = torch.distributed.group.WORLD

@@ -46,13 +46,29 @@ def fits(**trainer_params):
     return found
 
 
+def apart(rank, **trainer_params):
+    """Fits that differ between processes, or fail in the second one, by name."""
+
+    def callback(iteration, bound, parameters):
+        if rank == 1 and iteration == 2:
+            raise OSError("the disk is full")
+
+    own = dict(X=X[: 200 + rank])
+    return {
+        "components": (GaussianMixture(2 + rank, trainer_params=trainer_params), dict(X=X)),
+        "clusters": (KMeans(2, random_state=rank, trainer_params=trainer_params), dict(X=X)),
+        "rows": (KMeans(2, trainer_params=trainer_params), own),
+        "callback": (GaussianMixture(2, trainer_params=trainer_params), dict(X=X, callback=callback)),
+    }
+
+
 def outcome(estimator, arguments):
     """The fitted attributes as JSON has them, or the error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         try:
             estimator.fit(**arguments)
-        except ValueError as error:
+        except Exception as error:
             return {"error": [type(error).__name__, str(error), isinstance(error, np.linalg.LinAlgError)]}
     fitted = {name: getattr(estimator, name) for name in estimator.persistent_attributes}
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in fitted.items()}
@@ -63,6 +79,9 @@ def main(strategy, folder):
     if strategy == "ddp_spawn":  # starts two processes for each fit
         chosen = {"full": chosen["full"]}
     found = {name: outcome(*fit) for name, fit in chosen.items()}
+    if strategy == "ddp":
+        differing = apart(int(os.environ.get("LOCAL_RANK", "0")), accelerator="cpu", devices=2, strategy=strategy)
+        found["apart"] = {name: outcome(*fit)["error"][:2] for name, fit in differing.items()}
     report = {"pid": os.getpid(), "threads": os.environ.get("OMP_NUM_THREADS"), "found": found}
     (Path(folder) / f"{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(report))
 

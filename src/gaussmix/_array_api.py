@@ -119,9 +119,9 @@ class Engine:
         """There is nothing to fall back to."""
         raise NotImplementedError(reason)
 
-    def assign(self, means: Array) -> SufficientStatistics:
-        """Statistics of the rows that are nearest to each of `means` (k, d)."""
-        return self._assigned(means, lambda x: one_hot(nearest(x, means), x, means.shape[0]))
+    def assign(self, means: Array, origin: Array) -> SufficientStatistics:
+        """Statistics about `origin` (k, d) of the rows that are nearest to each of `means` (k, d)."""
+        return self._assigned(origin, lambda x: one_hot(nearest(x, means), x, means.shape[0]))
 
     def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:
         """Statistics for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""

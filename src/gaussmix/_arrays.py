@@ -8,7 +8,7 @@ from array_api_compat import device, is_cupy_array, is_torch_array, to_device
 
 from gaussmix._typing import Array, DType
 
-__all__ = ["array_namespace", "asarray_like", "device", "floating_dtype", "to_numpy", "working_dtype"]
+__all__ = ["array_namespace", "asarray_like", "device", "floating_dtype", "plain", "to_numpy", "working_dtype"]
 
 
 def array_namespace(x: Array) -> Any:
@@ -21,10 +21,21 @@ def array_namespace(x: Array) -> Any:
     return _namespace(x)
 
 
+def plain(x: Array) -> Array:
+    """The same values as memory has them: without a gradient, a pending sign or conjugate, or a mask of nothing."""
+    if is_torch_array(x):
+        return x.detach().resolve_conj().resolve_neg()
+    return x.data if isinstance(x, np.ma.MaskedArray) and not np.ma.is_masked(x) else x
+
+
 def to_numpy(x: Array) -> Array:
     """A small array, or anything NumPy understands, on the host and in its own dtype; a view where one will do."""
     if is_torch_array(x):
-        return x.detach().cpu().numpy()
+        x = plain(x).cpu()
+        try:
+            return x.numpy()
+        except TypeError:  # bfloat16 and dtypes of 8 bits, which NumPy does not have
+            return x.float().numpy()
     if is_cupy_array(x):  # CuPy refuses implicit copies to the host
         return x.get()
     try:

@@ -5,13 +5,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
-from array_api_compat import is_array_api_obj, is_torch_array
+from array_api_compat import is_array_api_obj
 from numpy.lib.array_utils import byte_bounds
 from scipy.sparse import issparse
 
+from gaussmix._arrays import plain
 from gaussmix._data import slices
 from gaussmix._typing import Array
 
@@ -43,7 +45,7 @@ class Blocks:
                     f"the data gives blocks of type {type(item).__name__}; pass an object that gives 2-d arrays, or "
                     "tuples that begin with one"
                 )
-            yield block.detach() if is_torch_array(block) else block
+            yield plain(block)
 
     def ahead(self, blocks: Iterator[T]) -> Iterator[T]:
         """What is made of the blocks: by another thread, and a block ahead, where they lie in a file."""
@@ -95,10 +97,17 @@ def _give_back(block: Array) -> None:
 def read_ahead(blocks: Iterator[T]) -> Iterator[T]:
     """The blocks, of which another thread reads the next one while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, blocks, None)
-        while (block := coming.result()) is not None:
-            coming = pool.submit(next, blocks, None)
-            yield block
+        before: list[T] = []
+        while True:
+            try:
+                coming = pool.submit(next, blocks, None)
+            except RuntimeError:  # no more threads: the interpreter shuts down, or the system has none left
+                yield from chain(before, blocks)
+                return
+            yield from before
+            if (block := coming.result()) is None:
+                return
+            before = [block]
 
 
 def readable(X: Any, batch_size: int | None, num_workers: int) -> Any:
@@ -113,6 +122,6 @@ def readable(X: Any, batch_size: int | None, num_workers: int) -> Any:
         # What has no rows or other dimensions than two is refused as any array of its shape is, unread.
         return Blocks(Slices(X, batch_size)) if X.ndim == 2 and X.shape[0] else np.broadcast_to(0.0, X.shape)
     is_whole = is_array or issparse(X) or any(hasattr(X, name) for name in WHOLE)
-    if is_whole or isinstance(X, (list, tuple, str, bytes, dict, set)) or not hasattr(X, "__iter__"):
+    if is_whole or isinstance(X, (list, tuple, str, bytes, dict, set, type)) or not hasattr(X, "__iter__"):
         return X
     return Blocks(X)

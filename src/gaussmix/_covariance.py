@@ -64,6 +64,10 @@ class Covariance(ABC):
         """Sigma from U, in the stored form."""
 
     @abstractmethod
+    def is_factor(self, precision_cholesky: Array) -> Array:
+        """Whether each is upper triangular with a positive diagonal: a scalar."""
+
+    @abstractmethod
     def square(self, factor: Array) -> Array:
         """U U^T: the precisions, if U factors them."""
 
@@ -170,6 +174,16 @@ class _Matrices(Covariance):
         xp = array_namespace(precision_cholesky)
         inverse = _inverse(precision_cholesky)
         return _symmetrized(xp.matmul(xp.matrix_transpose(inverse), inverse))
+
+    def is_factor(self, precision_cholesky: Array) -> Array:
+        xp = array_namespace(precision_cholesky)
+        diagonal = xp.linalg.diagonal(precision_cholesky)
+        whole, below = (
+            xp.max(xp.abs(matrices), axis=(-2, -1))
+            for matrices in (precision_cholesky, xp.tril(precision_cholesky, k=-1))
+        )
+        # Inverses of other libraries leave rounding below.
+        return xp.all(diagonal > 0) & xp.all(below <= 1e-5 * whole)
 
     def square(self, factor: Array) -> Array:
         xp = array_namespace(factor)
@@ -320,6 +334,9 @@ class _Variances(Covariance):
 
     def covariances(self, precision_cholesky: Array) -> Array:
         return 1 / self.square(precision_cholesky)
+
+    def is_factor(self, precision_cholesky: Array) -> Array:
+        return array_namespace(precision_cholesky).all(precision_cholesky > 0)
 
     def square(self, factor: Array) -> Array:
         return factor * factor

@@ -348,9 +348,9 @@ class Engine(Summed):
         """The arithmetic of the E-step of the last block; before it, of the next."""
         return self._precision or self._on_block.precision
 
-    def assign(self, means: Array) -> SufficientStatistics:
-        """Statistics of the rows that are nearest to each of `means` (k, d)."""
-        return self._sum("assign", means, means)
+    def assign(self, means: Array, origin: Array) -> SufficientStatistics:
+        """Statistics about `origin` (k, d) of the rows that are nearest to each of `means` (k, d)."""
+        return self._sum("assign", origin, means, origin)
 
     def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:
         """Statistics for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""

@@ -22,13 +22,17 @@ BACKENDS = ("auto", "triton", "numpy", "array_api")
 
 
 @overload
-def engine(rows: Rows | Stream, covariance: Covariance, reg_covar: float = 0.0) -> Engine: ...
+def engine(rows: Rows | Stream, covariance: Covariance, reg_covar: float = 0.0, *, level: int = ...) -> Engine: ...
 @overload
-def engine(rows: Rows | Stream | Share, covariance: Covariance, reg_covar: float = 0.0) -> Fitting: ...
-def engine(rows: Rows | Stream | Share, covariance: Covariance, reg_covar: float = 0.0) -> Fitting:
-    """The implementation for these rows, as the environment variable GAUSSMIX_BACKEND has it."""
+def engine(
+    rows: Rows | Stream | Share, covariance: Covariance, reg_covar: float = 0.0, *, level: int = ...
+) -> Fitting: ...
+def engine(
+    rows: Rows | Stream | Share, covariance: Covariance, reg_covar: float = 0.0, *, level: int = logging.DEBUG
+) -> Fitting:
+    """The implementation for these rows, as the environment variable GAUSSMIX_BACKEND has it; fits log why at INFO."""
     name, reason = choose(rows.like)
-    logger.debug("%s covariance runs on %s: %s", covariance.name, name, reason)
+    logger.log(level, "%s covariance runs on %s: %s", covariance.name, name, reason)
     make = _implementation(name).Engine
     if isinstance(rows, Rows):
         in_memory: Engine = make(rows, covariance, reg_covar)
@@ -42,10 +46,10 @@ def engine(rows: Rows | Stream | Share, covariance: Covariance, reg_covar: float
     return _distributed.Engine(rows.computed(on_block.rows.like), on_block, on_share)
 
 
-def clusters(rows: Rows | Stream, group: Group | None = None) -> Clusters:
+def clusters(rows: Rows | Stream, group: Group | None = None, *, level: int = logging.DEBUG) -> Clusters:
     """The implementation of k-means for these rows, chosen as `engine` does."""
     name, reason = choose(rows.like)
-    logger.debug("k-means runs on %s: %s", name, reason)
+    logger.log(level, "k-means runs on %s: %s", name, reason)
     make = _implementation(name).Clusters
     if group is not None:
         return _distributed.Clusters(shareable(rows), make, group)

@@ -7,7 +7,8 @@ for several devices. Every process takes the same decisions, since all see the s
 import atexit
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import parent_process
@@ -26,14 +27,21 @@ from gaussmix._typing import Array, DType
 
 T = TypeVar("T")
 
-# What is summed over processes, packed into one vector.
+# What is summed over processes, in one vector.
 SUMS = ("counts", "first_moments", "second_moments", "log_likelihood")
 # Rows of a block that is only looked at.
 BLOCK_ROWS = 2**13
 
 
 class Group:
-    """The processes of a torch.distributed process group."""
+    """The processes of a torch.distributed process group, which within `together` fail together.
+
+    Where one of them raises, it says so in what the others sum or gather next: all sums are equally long, so that it
+    need not know which.
+    """
+
+    _length = 0  # numbers in each sum, of which not all are always used; 0 before the first
+    _can_tell = False  # whether the others will hear of an error
 
     def __init__(self, device: str = "cpu", group: Any = None) -> None:
         import torch
@@ -41,40 +49,96 @@ class Group:
         self._torch, self._dist, self._group, self.device = torch, torch.distributed, group, device
         self.rank, self.size = self._dist.get_rank(group), self._dist.get_world_size(group)
 
-    def sum(self, values: Array) -> Array:
-        """The sum of all processes' values, float64 on the host: the same bits in each of them."""
-        vector = self._torch.as_tensor(values, device=self.device)
-        self._dist.all_reduce(vector, group=self._group)
-        return vector.cpu().numpy()
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within it, what one process raises ends all of them: the others raise RuntimeError with its message."""
+        self._length, self._can_tell = 0, True
+        try:
+            yield
+            self._meet()  # a process may have failed since what was summed last
+        except Exception as error:
+            if self._can_tell:
+                self._meet(f"{type(error).__name__}: {error}")
+            raise
+
+    def sum(self, *values: Array) -> list[Array]:
+        """The sums of all processes' arrays, float64 on the host: the same bits in each of them."""
+        ends = np.cumsum([value.size for value in values])
+        if ends[-1] > self._length:
+            self._meet()  # in the length that a process which failed knows
+            self._length = int(ends[-1])
+        parts = np.split(self._sum(values), ends)
+        return [part.reshape(value.shape) for part, value in zip(parts, values, strict=False)]
 
     def each(self, value: T) -> list[T]:
         """Every process's value."""
-        values: list[Any] = [None] * self.size
-        self._dist.all_gather_object(values, value, group=self._group)
-        return values
+        if self._length:
+            self._meet()
+        return self._gather(value)
 
     def from_first(self, value: T) -> T:
         """What the first process has."""
         return self.each(value if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
-    def agreed(self, callback: Callable[..., Any]) -> Callable[..., bool]:
-        """A callback whose answer is true in all processes where it is in one of them."""
-        return lambda *args: bool(self.sum(np.array([bool(callback(*args))], dtype=np.float64))[0])
+    def compare(self, told: dict[str, Any]) -> None:
+        """Raise ValueError where two processes were told different things.
 
-    def all_or_none(self, function: Callable[[], T]) -> T:
-        """`function()`; where it fails in one process, all of them raise, and none waits for the others for ever."""
-        value, error = None, None
-        try:
-            value = function()
-        except Exception as caught:  # raised again below
-            error = caught
-        messages = self.each(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise RuntimeError(f"process {rank} of {self.size} failed, and with it the fit: {message}")
-        return value  # type: ignore[return-value]
+        Random states have to be the same where they are integers: of others, that of the first process counts.
+        """
+        values = self.each(told)
+        for name in told:
+            known = [(rank, value.get(name)) for rank, value in enumerate(values)]
+            if name == "random_state":
+                known = [(rank, value) for rank, value in known if value is not None]
+            for rank, value in known:
+                first, expected = known[0]
+                if value != expected and repr(value) != repr(expected):  # a NaN is not equal to itself
+                    raise ValueError(
+                        f"{name} is {expected!r} in process {first} and {value!r} in process {rank}; all {self.size} "
+                        "processes need the same"
+                    )
+
+    def agreed(self, callback: Callable[..., Any] | None) -> Callable[..., bool] | None:
+        """A callback whose answer is true in all processes where it is in one; None where none of them has any."""
+        if not any(self.each(callback is not None)):
+            return None
+        return lambda *args: bool(self.sum(np.array(callback is not None and bool(callback(*args))))[0])
+
+    def _meet(self, message: str | None = None) -> None:
+        """Whether a process has failed, with this message: the others then raise."""
+        if self._length:
+            self._sum((), message)
+        else:
+            self._gather(None, message)
+
+    def _sum(self, values: Sequence[Array], message: str | None = None) -> Array:
+        unused = np.zeros(self._length - sum(value.size for value in values))
+        vector = np.concatenate([*map(np.ravel, values), unused, [message is not None]], dtype=np.float64)
+        self._can_tell = False  # of what the communication raises, the others can not be told by it
+        total = self._all_reduce(vector)
+        if total[-1]:
+            self._gather(None, message)
+        self._can_tell = True
+        return total[:-1]
+
+    def _gather(self, value: T, message: str | None = None) -> list[T]:
+        self._can_tell = False
+        found = self._all_gather((value, message))
+        for rank, (_, failure) in enumerate(found):
+            if failure is not None and message is None:
+                raise RuntimeError(f"process {rank} of {self.size} failed, and with it the fit: {failure}")
+        self._can_tell = True
+        return [value for value, _ in found]
+
+    def _all_reduce(self, vector: Array) -> Array:
+        tensor = self._torch.as_tensor(vector, device=self.device)
+        self._dist.all_reduce(tensor, group=self._group)
+        return tensor.cpu().numpy()
+
+    def _all_gather(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.size
+        self._dist.all_gather_object(values, value, group=self._group)
+        return values
 
 
 def process_group(distributed: Any, X: Any, device: str | None = None) -> Group:
@@ -130,22 +194,20 @@ class Share:
         """The share that these rows are."""
         if type(rows) not in (Rows, Stream):
             raise TypeError("a Dask array has workers of its own; pass distributed=None, or this process's rows")
-        n, d = rows.shape
-        if len(found := set(group.each(d))) > 1:
-            raise ValueError(f"processes have rows of {sorted(found)} features; all need the same number")
+        (n, d), like = rows.shape, rows.like
+        group.compare({"the number of features": d, "the dtype of X": str(like.dtype).rpartition(".")[2]})
         weight = rows.sample_weight
         own = n if weight is None else int(np.count_nonzero(to_numpy(weight) > 0))
         total = float(n) if weight is None else float(to_numpy(weight).sum(dtype=np.float64))
         middle = total * to_numpy(rows.mean(BLOCK_ROWS)) if own else np.zeros(d)
-        sums = group.sum(np.concatenate([[n, total], middle]))
-        like = rows.like
+        counts, middle = group.sum(np.array([n, total]), middle)
         return cls(
             rows,
             group,
             tuple(group.each(own)),
-            (int(sums[0]), d),
+            (int(counts[0]), d),
             like,
-            asarray_like(sums[2:] / sums[1] if sums[1] else sums[2:], like, working_dtype(like)),
+            asarray_like(middle / (counts[1] or 1), like, working_dtype(like)),
         )
 
     def computed(self, like: Array) -> "Share":
@@ -201,10 +263,12 @@ class Engine(Summed):
     def __init__(self, rows: Share, on_block: BlockEngine, on_share: Fitting) -> None:
         super().__init__(rows, on_block)
         self._share = on_share
+        # Another one would leave a form of the E-step in another iteration.
+        rows.group.compare({"the implementation": self.backend.partition(":")[0]})
 
-    def assign(self, means: Array) -> SufficientStatistics:
-        """Statistics of the rows that are nearest to each of `means` (k, d)."""
-        return self._sum(lambda: self._share.assign(means), means)
+    def assign(self, means: Array, origin: Array) -> SufficientStatistics:
+        """Statistics about `origin` (k, d) of the rows that are nearest to each of `means` (k, d)."""
+        return self._sum(lambda: self._share.assign(means, origin), origin)
 
     def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:
         """Statistics for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
@@ -220,10 +284,7 @@ class Engine(Summed):
     def _sum(self, statistics: Callable[[], SufficientStatistics], origin: Array) -> SufficientStatistics:
         has_rows = self.rows.counts[self.rows.group.rank] > 0
         own = statistics().about(origin, self.covariance) if has_rows else self._nothing(origin)
-        values = [to_numpy(getattr(own, name)) for name in SUMS]
-        total = self.rows.group.sum(np.concatenate([value.astype(np.float64).ravel() for value in values]))
-        parts = np.split(total, np.cumsum([value.size for value in values])[:-1])
-        summed = (part.reshape(value.shape) for part, value in zip(parts, values, strict=True))
+        summed = self.rows.group.sum(*(to_numpy(getattr(own, name)) for name in SUMS))
         return SufficientStatistics(origin, *(asarray_like(value, origin) for value in summed))
 
     def _nothing(self, origin: Array) -> SufficientStatistics:
@@ -256,7 +317,7 @@ class Clusters:
         if self._share is not None:
             counts, sums = self._share.sums(centroids, origin)
             own[:, d], own[:, :d] = to_numpy(counts), to_numpy(sums)
-        total = self._group.sum(own)
+        (total,) = self._group.sum(own)
         return asarray_like(total[:, d], centroids), asarray_like(total[:, :d], centroids)
 
 
@@ -299,7 +360,9 @@ def _in_group(fabric: Any, function: Callable[[Group], Any], is_own: bool) -> by
     if is_own and not is_spawned:
         atexit.register(_leave)
     try:
-        return pickle.dumps(function(Group(str(fabric.device))))
+        group = Group(str(fabric.device))
+        with group.together():
+            return pickle.dumps(function(group))
     finally:
         if is_own and is_spawned:
             _leave()

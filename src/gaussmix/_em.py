@@ -16,6 +16,10 @@ logger = logging.getLogger("gaussmix")
 Callback = Callable[[int, float, Parameters], Any]
 
 
+class DivergedError(ValueError):
+    """The log-likelihood is not finite."""
+
+
 @dataclass(frozen=True)
 class EMResult:
     """How far EM has come, and how it went."""
@@ -57,7 +61,7 @@ def run_em(
         result = EMResult(progress.parameters, [*done, *progress.lower_bounds], progress.converged)
         iteration, bound = len(result.lower_bounds), result.lower_bounds[-1]
         if not math.isfinite(bound):
-            raise ValueError(
+            raise DivergedError(
                 f"the log-likelihood became {bound} in iteration {iteration}; rescale the data or start from means and "
                 "covariances nearer to it"
             )

@@ -49,8 +49,8 @@ class Fitting(Protocol):
     def rows(self) -> Described:
         """The rows, in the library that computes."""
 
-    def assign(self, means: Array) -> SufficientStatistics:
-        """Statistics of the rows that are nearest to each of `means` (k, d)."""
+    def assign(self, means: Array, origin: Array) -> SufficientStatistics:
+        """Statistics about `origin` (k, d) of the rows that are nearest to each of `means` (k, d)."""
 
     def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:
         """Statistics for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""

@@ -128,6 +128,7 @@ def estimate(n: int, d: int, k: int, covariance_type: str, dtype: str = "float32
     """
     for name, value in (("n", n), ("d", d), ("k", k)):
         check_integer(name, value, 1)
+    n, d, k = int(n), int(d), int(k)
     covariance = check_covariance_type(covariance_type)
     check_option("device", device, DEVICES)
     check_option("dtype", dtype, DEVICES[device].rates)

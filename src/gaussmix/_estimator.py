@@ -1,25 +1,30 @@
 """What the estimators share: inference, sampling and persistence on top of fitted attributes."""
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
+from inspect import signature
+from types import ModuleType
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import numpy as np
-from array_api_compat import is_dask_array
+from array_api_compat import is_array_api_obj, is_dask_array
 from sklearn.base import BaseEstimator, DensityMixin, clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_is_fitted
 
-from gaussmix import _persistence, _streaming
-from gaussmix._arrays import array_namespace, asarray_like, floating_dtype, to_numpy
+from gaussmix import _interop, _persistence, _streaming
+from gaussmix._arrays import array_namespace, asarray_like, floating_dtype, to_numpy, working_dtype
 from gaussmix._checkpoint import DATA
-from gaussmix._covariance import COVARIANCES
+from gaussmix._covariance import COVARIANCES, Covariance
 from gaussmix._data import Described, Rows, Stream
 from gaussmix._dispatch import engine
+from gaussmix._distributed import process_group
 from gaussmix._engine import Engine, Fitting, stepwise
 from gaussmix._parameters import Parameters
 from gaussmix._trainer import Settings, settings, trainer
@@ -27,7 +32,6 @@ from gaussmix._typing import Array
 from gaussmix._validation import (
     check_covariance_type,
     check_enough_rows,
-    check_integer,
     check_real,
     check_same_library,
     random_generator,
@@ -38,6 +42,11 @@ from gaussmix._validation import (
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+# Covariances whose rounding to the dtype of the data may change a log-density by more than this, in nats, are published
+# in float64.
+COVARIANCE_TOLERANCE = 1e-2
+START_ANEW = "start anew with fit (and warm_start=False)"
+
 # Parameters of constructors that no fitted parameter depends on, or through what `_told` says instead.
 WITHOUT_EFFECT = ("batch_size", "num_workers", "trainer_params", "verbose", "verbose_interval")
 # Those that say when a fit ends, and nothing else.
@@ -46,7 +55,7 @@ ENDS = ("convergence_tolerance", "tol", "max_epochs", "max_iter")
 
 def described(value: Any) -> Any:
     """A setting as JSON has it, for comparison: an array is told by its contents, a generator by nothing."""
-    if isinstance(value, np.random.RandomState):
+    if isinstance(value, (np.random.RandomState, ModuleType)):  # numpy.random is one, scikit-learn says
         return None
     if isinstance(value, np.generic):
         return value.item()
@@ -66,6 +75,53 @@ def takes_data(method: Method) -> Method:
                 raise TypeError(f"{method.__name__}() got both X and data, which are the same argument; pass one")
             args = (kwargs.pop("data"),)
         return method(self, *args, **kwargs)
+
+    return cast(Method, call)
+
+
+def in_group(method: Method) -> Method:
+    """The method, `fit`, for which `distributed` is a `Group`: its processes are told the same, and fail together."""
+
+    @wraps(method)
+    def call(self: Any, *args: Any, distributed: Any = None, **kwargs: Any) -> Any:
+        if distributed is None:
+            return method(self, *args, **kwargs)
+        group = process_group(distributed, args[0] if args else kwargs.get("X"), self._device())
+        with group.together():
+            arguments = signature(method).bind(self, *args, **kwargs)
+            arguments.apply_defaults()
+            group.compare(self._told_to_fit(arguments.arguments) | {"the device": group.device.partition(":")[0]})
+            return method(self, *args, distributed=group, **kwargs)
+
+    return cast(Method, call)
+
+
+def whole_or_not_at_all(method: Method) -> Method:
+    """The method of an estimator, which is as it was before where the method raises."""
+
+    @wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = dict(vars(self))
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+
+    return cast(Method, call)
+
+
+def numpy_defaults(method: Method) -> Method:
+    """The method, whose arithmetic NumPy reports on as it does by default, whatever the caller's `numpy.seterr` says.
+
+    Responsibilities underflow in every fit; what overflows is computed again in a form with more room.
+    """
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"):
+            return method(*args, **kwargs)
 
     return cast(Method, call)
 
@@ -113,8 +169,12 @@ class Persistent(BaseEstimator):
 
     def __getattr__(self, name: str) -> Any:
         # Only for what is not there: a fitted attribute says why.
+        computed = getattr(type(self), name, None)
+        if isinstance(computed, property) and self.persistent_attributes:
+            # What it needs is not there: asked for once more, that says so.
+            return computed.__get__(self)
         is_fitted_later = any(name in getattr(cls, "__annotations__", ()) for cls in type(self).__mro__)
-        if name.endswith("_") and (is_fitted_later or isinstance(getattr(type(self), name, None), property)):
+        if name.endswith("_") and (is_fitted_later or isinstance(computed, property)):
             raise NotFittedError(f"{type(self).__name__} has no {name} before it is fitted; call fit first")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -160,8 +220,9 @@ class Persistent(BaseEstimator):
         ------
         NotADirectoryError
             If `path` is a file.
-        TypeError
-            If a constructor parameter can not be written as JSON.
+        TypeError, ValueError
+            If a constructor parameter can not be written as JSON, or `load` would refuse a parameter or an attribute:
+            NaN, names that no class annotates.
         """
         _persistence.save(self, path)
 
@@ -175,7 +236,7 @@ class Persistent(BaseEstimator):
 
         Raises
         ------
-        NotADirectoryError, TypeError
+        NotADirectoryError, TypeError, ValueError
             As `save`.
         """
         _persistence.save_parameters(self, path)
@@ -192,7 +253,7 @@ class Persistent(BaseEstimator):
         ------
         sklearn.exceptions.NotFittedError
             Before `fit`.
-        NotADirectoryError, TypeError
+        NotADirectoryError, TypeError, ValueError
             As `save`.
         """
         _persistence.save_attributes(self, path)
@@ -257,14 +318,16 @@ class Persistent(BaseEstimator):
         FileNotFoundError
             If there is nothing to load at `path`.
         ValueError
-            If the files are damaged, belong to another class or a newer version, or the parameters are a pickle.
+            If the files are damaged or incomplete, hold what no fit leaves, belong to another class or a newer version,
+            or the parameters are a pickle.
         ImportError
             If PyCave or torchgmm wrote the files and torch is not installed.
 
         Warns
         -----
         UserWarning
-            If `converged_`, `num_iter_` and the score of the fit are not loaded because they are a pickle.
+            If `converged_`, `num_iter_` and the score of the fit are not loaded because they are a pickle, and if
+            gaussmix 0.1.0 wrote the files: without a digest of all that they say, damage may go unnoticed.
         """
         return _persistence.load(cls, path, allow_pickle)
 
@@ -272,6 +335,11 @@ class Persistent(BaseEstimator):
         """An unfitted copy with the same parameters."""
         copy: Self = clone(self)
         return copy
+
+    def _told(self) -> dict[str, Any]:
+        """What the constructor was told that a fit depends on, as JSON has it; arrays by their contents."""
+        params = self.get_params(deep=False)
+        return {name: described(value) for name, value in params.items() if name not in WITHOUT_EFFECT}
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -313,6 +381,10 @@ class Trained(Persistent):
         # A fit has said what there is to say about them: predictions say nothing.
         return settings(self.trainer_params, self._max_epochs, warn=warn)
 
+    def _told(self) -> dict[str, Any]:
+        settings = self._settings(warn=False)
+        return super()._told() | {"max_epochs": settings.max_epochs, "precision": settings.dtype}
+
 
 class Mixture(DensityMixin, Persistent):
     """A fitted mixture is its attributes: `weights_`, `means_`, `covariances_` and `precisions_cholesky_`."""
@@ -337,12 +409,26 @@ class Mixture(DensityMixin, Persistent):
     precision_: str
     n_features_in_: int
     n_steps_: int
+    covariance_type_: str
+
+    def __getattr__(self, name: str) -> Any:
+        # Attributes that are set by hand are those that scikit-learn predicts from: the rest follows from them.
+        if name == "n_features_in_" and "means_" in vars(self):
+            return self.means_.shape[1]
+        if name == "covariances_" and "means_" in vars(self):
+            factor, covariance = self.precisions_cholesky_, self._covariance
+            exact = array_namespace(factor).astype(factor, working_dtype(factor), copy=False)
+            rounded = asarray_like(covariance.covariances(exact), factor)
+            parameters = Parameters(self.weights_, self.means_, rounded, factor)
+            return _with_covariances_that_hold(parameters, covariance).covariances
+        return super().__getattr__(name)
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Fit the mixture to the rows of X; each estimator documents its own."""
         raise NotImplementedError
 
     @classmethod
+    @numpy_defaults
     def from_parameters(cls, weights: Any, means: Any, covariances: Any, *, covariance_type: str) -> Self:
         """A fitted mixture with known parameters.
 
@@ -378,11 +464,13 @@ class Mixture(DensityMixin, Persistent):
         parameters = validate_parameters(weights, means, covariances, covariance)
         k, d = parameters.means.shape
         mixture: Self = cls(k, covariance_type=covariance_type)
-        mixture._set_parameters(parameters, Rows(parameters.means))
+        mixture._set_parameters(parameters, Rows(means if is_array_api_obj(means) else parameters.means))
         mixture.n_features_in_ = d
         return mixture
 
+    @numpy_defaults
     @takes_data
+    @whole_or_not_at_all
     def partial_fit(
         self,
         X: Any,
@@ -415,13 +503,14 @@ class Mixture(DensityMixin, Persistent):
         Returns
         -------
         self
-            With `n_steps_`, the number of steps so far; the bound of the last step is that of X alone, and `converged_`
-            is False.
+            With `n_steps_`, the number of steps so far; `lower_bounds_` has the bound of this step alone, which is that
+            of X, and `converged_` is False.
 
         Raises
         ------
         ValueError, TypeError, numpy.linalg.LinAlgError
-            As `fit`; also for step parameters out of their range.
+            As `fit`; also for step parameters out of their range, and where the number of components or the covariance
+            type is another than that of what was fitted.
 
         Notes
         -----
@@ -460,15 +549,20 @@ class Mixture(DensityMixin, Persistent):
         )
         if is_new:
             check_enough_rows(rows.n_positive, *self._k)
-        on_rows: Any = engine(self._placed(rows), COVARIANCES[self.covariance_type], self._reg_covar)
+        on_rows: Any = engine(
+            self._placed(rows),
+            COVARIANCES[self.covariance_type],
+            self._reg_covar,
+            level=logging.INFO if is_new else logging.DEBUG,
+        )
         begun = on_rows.rows
-        start = self._begin(on_rows) if is_new else self._parameters.moved(begun.like, begun.dtype)
+        start = self._begin(on_rows) if is_new else self._continued("partial_fit", begun)
         n_steps = getattr(self, "n_steps_", 0)
         bound, parameters = stepwise(on_rows, start, (n_steps + step_delay) ** -step_decay)
         if not math.isfinite(bound):
             raise ValueError(f"the log-likelihood of X is {bound} under the mixture; rescale X, or start anew with fit")
         self._set_parameters(parameters, rows)
-        self._set_progress([*getattr(self, "lower_bounds_", []), bound], converged=False)
+        self._set_progress([bound], converged=False)
         self.backend_, self.precision_ = on_rows.backend, on_rows.precision
         self.n_steps_ = n_steps + 1
         return self
@@ -493,6 +587,7 @@ class Mixture(DensityMixin, Persistent):
         """
         return self.fit(X, y, sample_weight).predict(X)
 
+    @numpy_defaults
     @takes_data
     @by_block
     def predict(self, X: Any) -> Array:
@@ -517,6 +612,7 @@ class Mixture(DensityMixin, Persistent):
         """
         return self._on(X, "predict").labels()
 
+    @numpy_defaults
     @takes_data
     @by_block
     def predict_proba(self, X: Any) -> Array:
@@ -542,20 +638,29 @@ class Mixture(DensityMixin, Persistent):
 
     def _on(self, X: Any, method: str) -> "_Inference":
         check_is_fitted(self, "means_")
-        if not hasattr(self, "n_features_in_"):  # attributes set by hand
-            self.n_features_in_ = self.means_.shape[1]
         rows = validate_rows(self, X, reset=False, batch_size=self.batch_size, num_workers=self.num_workers)
         check_same_library(rows.like, self, self.means_, method)
-        return _Inference(rows, self._parameters, engine(self._placed(rows), COVARIANCES[self.covariance_type]))
+        return _Inference(rows, self._parameters, engine(self._placed(rows), self._covariance))
 
     def _placed(self, rows: Rows | Stream) -> Rows | Stream:
         """The rows where they are to be computed."""
         return rows
 
-    def _told(self) -> dict[str, Any]:
-        """What the constructor was told that a fit depends on, as JSON has it; arrays by their contents."""
-        params = self.get_params(deep=False)
-        return {name: described(value) for name, value in params.items() if name not in WITHOUT_EFFECT}
+    def _told_to_fit(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What processes that fit together need to be told alike."""
+        told = {"the class": f"{type(self).__module__}.{type(self).__qualname__}"} | self._told()
+        told["whether sample_weight is given"] = arguments["sample_weight"] is not None
+        checkpoint = arguments["checkpoint"]
+        told["checkpoint"] = None if checkpoint is None else os.fspath(checkpoint)
+        told |= {name: described(arguments[name]) for name in ("checkpoint_every", "resume")}
+        if getattr(self, "warm_start", False):
+            names = ("weights_", "means_", "covariances_", "precisions_cholesky_", "lower_bound_")
+            told |= {f"{name} (warm_start)": described(getattr(self, name, None)) for name in names}
+        return told
+
+    def _device(self) -> str | None:
+        """Where rows are computed, if not where they are."""
+        return None
 
     def _identity(self, rows: Described, warm: Parameters | None = None) -> dict[str, Any]:
         """What the result of a fit depends on, but for its end, as JSON has it; `warm` is where it goes on from."""
@@ -588,31 +693,81 @@ class Mixture(DensityMixin, Persistent):
         raise NotImplementedError
 
     @property
+    def _covariance(self) -> Covariance:
+        """The covariance type of what was fitted, whatever the parameter says by now."""
+        return COVARIANCES[getattr(self, "covariance_type_", self.covariance_type)]
+
+    @property
     def _parameters(self) -> Parameters:
-        return Parameters(self.weights_, self.means_, self.covariances_, self.precisions_cholesky_)
+        factor, covariance = self.precisions_cholesky_, self._covariance
+        expected = covariance.shape(*self.means_.shape)
+        if tuple(factor.shape) != expected:
+            raise ValueError(
+                f"precisions_cholesky_ has shape {tuple(factor.shape)}; means_ of shape {tuple(self.means_.shape)} and "
+                f"covariance_type={covariance.name!r} take {expected}: set all fitted attributes, covariance_type_ too"
+            )
+        return Parameters(self.weights_, self.means_, self.covariances_, factor)
+
+    def _continued(self, method: str, rows: Described) -> Parameters:
+        """The fitted parameters, for EM on these rows to go on from."""
+        self._check_unchanged(method)
+        if self.means_.shape[1] != rows.shape[1]:
+            raise ValueError(
+                f"{method} goes on from means of {self.means_.shape[1]} features, and the data has {rows.shape[1]}; "
+                f"pass data of the same features, or {START_ANEW}"
+            )
+        moved = self._parameters.moved(rows.like, rows.dtype)
+        # The factor is the truth: covariances of a narrower dtype are rounded once more.
+        return replace(moved, covariances=self._covariance.covariances(moved.precision_cholesky))
+
+    def _check_unchanged(self, method: str) -> None:
+        """Raise ValueError where the parameters that say what a mixture is are not those of what was fitted."""
+        name, k = self._k
+        for parameter, now, fitted in (
+            (name, k, self.weights_.shape[0]),
+            ("covariance_type", self.covariance_type, self._covariance.name),
+        ):
+            if now != fitted:
+                raise ValueError(
+                    f"{method} goes on from a mixture with {parameter}={fitted!r}, and it is {now!r} now; set it back, "
+                    f"or {START_ANEW}"
+                )
 
     def _set_parameters(self, parameters: Parameters, rows: Described) -> None:
-        """Publish parameters in the dtype of the data."""
+        """Publish parameters in the dtype of the data; covariances in more where it would lose them."""
+        covariance = COVARIANCES[self.covariance_type]
         moved = parameters.moved(rows.like, floating_dtype(rows.like))
+        moved = _with_covariances_that_hold(moved, covariance)
         self.weights_, self.means_ = moved.weights, moved.means
         self.covariances_, self.precisions_cholesky_ = moved.covariances, moved.precision_cholesky
+        self.covariance_type_ = covariance.name
 
-    def _draw(self, n: int) -> Array:
-        """N rows drawn from the mixture, grouped by component: (n, d)."""
-        check_is_fitted(self, "means_")
-        check_integer("the number of rows to sample", n, 1)
-        random_state = random_generator(self.random_state)
-        parameters = self._parameters.mapped(lambda value: asarray_like(value, np.empty(0)))
-        counts = random_state.multinomial(n, parameters.weights / parameters.weights.sum())
-        covariance = COVARIANCES[self.covariance_type]
-        rows = np.concatenate(
-            [
-                mean
-                + covariance.colorize(random_state.normal(size=(count, mean.size)), parameters.precision_cholesky, i)
-                for i, (mean, count) in enumerate(zip(parameters.means, counts, strict=True))
-            ]
-        )
-        return asarray_like(rows, self.means_)
+    def _draw(self, n: int) -> tuple[Array, Array]:
+        """N rows drawn from the mixture, grouped by component, and their components, on the host: (n, d), (n,)."""
+        covariance = self._covariance
+        drawing = _interop.to_sklearn(self, {"covariance_type": covariance.name}, {})
+        drawing.covariances_ = to_numpy(_with_covariances_that_hold(self._parameters, covariance).covariances)
+        weights = drawing.weights_.astype(np.float64)
+        # Rounded to float32 they may add up to more than NumPy takes; else they are to draw what they always draw.
+        drawing.weights_ = weights if abs(weights.sum() - 1) < 1e-12 else weights / weights.sum()
+        drawing.random_state = random_generator(self.random_state)
+        rows, labels = drawing.sample(n)
+        return rows, labels
+
+
+def _with_covariances_that_hold(parameters: Parameters, covariance: Covariance) -> Parameters:
+    """Parameters of a narrow dtype, with covariances in a wider one where their own dtype would lose them."""
+    means = parameters.means
+    dtype = working_dtype(means)
+    if means.dtype == dtype:
+        return parameters
+    exact = parameters.moved(means, dtype)
+    derived = covariance.covariances(exact.precision_cholesky)
+    xp = array_namespace(means)
+    # Rounding changes entries by eps times their size: a log-density at most by eps times this.
+    kappa = covariance.kappa(derived, exact.precision_cholesky, 0 * exact.means)
+    is_lost = float(xp.finfo(means.dtype).eps) * float(xp.max(kappa)) > COVARIANCE_TOLERANCE
+    return replace(parameters, covariances=derived) if is_lost else parameters
 
 
 class _Inference:

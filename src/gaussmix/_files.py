@@ -4,14 +4,17 @@ import hashlib
 import json
 import os
 import pickle
-import tempfile
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as serialize
+from safetensors.numpy import save as serialize_numpy
+
+from gaussmix._warnings import warn_user
 
 try:
     import fcntl
@@ -33,9 +36,14 @@ UNREADABLE = (
 )
 
 
-def make_folder(path: str | os.PathLike[str]) -> Path:
+def as_path(path: str | bytes | os.PathLike[str]) -> Path:
+    """The path, which may be one of bytes."""
+    return Path(os.fsdecode(path))
+
+
+def make_folder(path: str | bytes | os.PathLike[str]) -> Path:
     """The directory `path`; made where it does not exist."""
-    folder = Path(path)
+    folder = as_path(path)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; pass the path of a directory")
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,15 +52,21 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 def replace(path: Path, content: bytes) -> None:
     """Write a file aside, then rename it into place; what others left aside long ago is removed."""
+    # A file that is replaced keeps its permissions, whoever may read it; a new one gets those of the process's mask,
+    # which the kernel applies: to ask for the mask is to lift it, for all threads.
+    kept = stat.S_IMODE(path.stat().st_mode) & 0o777 if path.exists() else None
     prefix, suffix = f".{path.name}.", ".aside"
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
+    aside = path.with_name(prefix + os.urandom(4).hex() + suffix)
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(aside, flags, 0o666 if kept is None else kept)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            if kept is not None:
+                os.chmod(aside, kept)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
             now = os.fstat(file.fileno()).st_mtime  # as the file system counts, which may not be here
-        os.chmod(aside, 0o666 & ~_umask())
         os.replace(aside, path)
     except BaseException:
         os.unlink(aside)
@@ -99,47 +113,115 @@ def locked(path: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def with_arrays(arrays: dict[str, Any], metadata: dict[str, Any]) -> bytes:
-    """A safetensors file of NumPy arrays and of JSON, for `read_arrays`."""
-    return serialize(arrays, {"gaussmix": json.dumps(metadata | {"sha256": _digest(arrays)})})
+def with_arrays(
+    arrays: dict[str, Any],
+    metadata: dict[str, Any],
+    serialize: Callable[[dict[str, Any], dict[str, str]], bytes] = serialize_numpy,
+) -> bytes:
+    """A safetensors file of arrays and of JSON, for `read_arrays`, with a digest of all that it says.
+
+    `serialize` is that of the arrays' library; torch's for tensors, of which NumPy does not have all dtypes.
+    """
+    metadata = _as_read(metadata)
+    # One entry: safetensors puts several in any order, and the same fit is to give the same file.
+    return serialize(arrays, {"gaussmix": json.dumps(metadata | {"sha256": _digest(arrays, metadata)}, sort_keys=True)})
 
 
-def read_arrays(path: Path, remedy: str = SAVE_AGAIN) -> tuple[dict[str, Any], Any]:
+def read_arrays(path: Path, remedy: str = SAVE_AGAIN, framework: str = "numpy") -> tuple[dict[str, Any], Any]:
     """The arrays and the JSON of a safetensors file; raises where they are not those that were written."""
+    if not path.is_file():
+        raise damaged(path, "it is no file, or a link to nothing", remedy)
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = json.loads((file.metadata() or {}).get("gaussmix", "null"))
+        with safe_open(path, framework=framework) as file:
+            texts = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, ValueError, RecursionError) as error:
+        # Version 0.1.0 wrote the config of torch modules, without a digest.
+        is_config = "gaussmix" not in texts and "config" in texts
+        metadata = _parse(texts["config"] if is_config else texts.get("gaussmix", "null"))
+        said = metadata.pop("sha256", None) if isinstance(metadata, dict) else None
+        digest = _digest(arrays, metadata)
+    # Dtypes that a library does not have are errors of many kinds.
+    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise damaged(path, error, remedy) from error
-    if isinstance(metadata, dict) and metadata.get("sha256") != _digest(arrays):
-        raise damaged(path, "its arrays are not those that were saved", remedy)
+    if isinstance(metadata, dict) and said != digest:
+        # Its digests of estimators were of the arrays alone.
+        if not is_config and said != _digest(arrays):
+            raise damaged(path, "it is not what was saved", remedy)
+        _warn_no_digest(path, remedy)
     return arrays, metadata
 
 
-def _digest(arrays: dict[str, Any]) -> str:
-    digest = hashlib.sha256()
+def with_digest(content: dict[str, Any]) -> bytes:
+    """JSON for people, with a digest for `check_digest`."""
+    content = _as_read(content)
+    return json.dumps(content | {"sha256": _digest({}, content)}, indent=2).encode()
+
+
+def check_digest(path: Path, content: dict[str, Any]) -> None:
+    """Raise unless the content of a file of JSON is what its digest says."""
+    if "sha256" not in content:
+        _warn_no_digest(path)
+        return
+    said = content.pop("sha256")
+    try:
+        digest = _digest({}, content)
+    except RecursionError as error:
+        raise damaged(path, error) from error
+    if said != digest:
+        raise damaged(path, "it is not what was saved", f"{SAVE_AGAIN}, or remove its sha256 if you have edited it")
+
+
+def _warn_no_digest(path: Path, remedy: str = SAVE_AGAIN) -> None:
+    """Of a file that gaussmix 0.1.0 wrote, or somebody edited."""
+    warn_user(f"{path} carries no digest of its metadata, whose damage goes unnoticed; {remedy}", UserWarning)
+
+
+def _as_read(content: dict[str, Any]) -> Any:
+    """What will be read, of which the digest is: keys become strings."""
+    return _parse(json.dumps(content))
+
+
+def _digest(arrays: dict[str, Any], metadata: dict[str, Any] | None = None) -> str:
+    """Of all that arrays and JSON say, however a file says it."""
+    digest = hashlib.sha256(b"" if metadata is None else json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(arrays[name].tobytes())
+        digest.update(f"{name} {arrays[name].dtype} {tuple(arrays[name].shape)}".encode())
+        digest.update(_bytes(arrays[name]))
     return digest.hexdigest()
+
+
+def _bytes(array: Any) -> Any:
+    if isinstance(array, np.ndarray):
+        return np.ascontiguousarray(array)
+    import torch  # whose tensor it is
+
+    return array.flatten().view(torch.uint8).numpy()
 
 
 def read_json(path: Path) -> Any:
     """What a file of JSON says."""
     try:
-        return json.loads(path.read_bytes())
+        return _parse(path.read_bytes())
     except ValueError as error:
         raise damaged(path, error) from error
 
 
+def _parse(text: str | bytes) -> Any:
+    try:
+        return json.loads(text, parse_int=_integer)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _integer(digits: str) -> int:
+    # Every integer that is saved has at most 64 bits.
+    if len(digits) > 20:
+        raise ValueError(f"it has an integer of {len(digits)} digits")
+    return int(digits)
+
+
 def damaged(path: Path, why: object, remedy: str = SAVE_AGAIN) -> ValueError:
     """The error for a file or directory that can not be read."""
-    return ValueError(f"{path} is damaged: {why}; {remedy}")
-
-
-def _umask() -> int:
-    """The process's mask; mkstemp makes files that only their owner reads."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    reason = str(why)
+    reason = reason if len(reason) <= 400 else f"{reason[:400]}..."  # what a file says may be long
+    return ValueError(f"{path} is damaged: {reason}; {remedy}")

@@ -14,12 +14,16 @@ from gaussmix import _numpy
 from gaussmix._arrays import array_namespace, asarray_like, to_numpy
 from gaussmix._data import Described, Rows
 from gaussmix._engine import Clusters, Fitting
-from gaussmix._parameters import Parameters, maximize
+from gaussmix._parameters import Parameters, SufficientStatistics, maximize
 from gaussmix._typing import Array
 
 # Centroids of a sample of m rows have an inertia about k / m above those of all rows: under half a percent.
 SAMPLE_ROWS = 2**14
 SAMPLE_ROWS_PER_COMPONENT = 256
+
+# Standard deviations that a given mean may lie away from the rows that are nearest to it: variances about it lose twice
+# as many digits as this number has.
+FAR = 10.0
 
 # Elements of a block of rows whose mean is taken.
 BLOCK_ELEMENTS = 2**18
@@ -53,12 +57,24 @@ def initialize(
         if means is None:
             means = find_means(rows, k, strategy, random_state)
         means = asarray_like(means, rows.like, rows.dtype)
-        statistics = engine.assign(means)
+        statistics = engine.assign(means, means)
+        centroids = statistics.means(means)
+        if _lie_far(means, centroids, statistics, engine):
+            statistics = engine.assign(means, centroids)
     return maximize(statistics, means, engine.covariance, engine.reg_covar)
+
+
+def _lie_far(means: Array, centroids: Array, statistics: SufficientStatistics, engine: Fitting) -> bool:
+    """Whether moments about `means` (k, d) lose digits that moments about the centroids of their rows would keep."""
+    xp, covariance = array_namespace(centroids), engine.covariance
+    covariances = covariance.regularize(statistics.covariances(covariance), engine.reg_covar)
+    variances = covariance.variances(covariances)
+    return bool(xp.any((centroids - asarray_like(means, centroids)) ** 2 > FAR**2 * variances))
 
 
 def find_means(rows: Described, k: int, strategy: str, random_state: np.random.RandomState) -> Array:
     """Means (k, d) in float64 on the host, by "kmeans", "kmeans++" or "random_from_data"."""
+    k = int(k)  # NumPy's small integers have no room for the product
     sample = rows.sample(max(SAMPLE_ROWS, SAMPLE_ROWS_PER_COMPONENT * k), random_state)
     seeds = SEEDS["random" if strategy == "random_from_data" else "kmeans++"](sample, k, random_state)
     if strategy != "kmeans":
@@ -101,10 +117,11 @@ def lloyd(
     max_iter: int,
     callback: Callable[[int, float], None] | None = None,
 ) -> KMeansResult:
-    """k-means from these seeds (k, d), until centroids move by at most `tolerance` x the mean variance of a feature.
+    """k-means from these seeds (k, d), until movement^2 is at most `tolerance` x the mean variance of a feature.
 
-    The movement is the Frobenius norm over all centroids. A cluster without rows moves to the row that is farthest from
-    its own centroid. `callback` sees (iteration, movement).
+    The movement is the Frobenius norm over all centroids; the rule is scikit-learn's, with both sides in squared units
+    of the data. A cluster without rows moves to the row that is farthest from its own centroid. `callback` sees
+    (iteration, movement).
     """
     rows = on_rows.rows
     xp = array_namespace(rows.like)
@@ -117,7 +134,7 @@ def lloyd(
         centroids = moved
         if callback:
             callback(n_iter, shift)
-        if shift <= threshold:
+        if shift * shift <= threshold:
             return KMeansResult(centroids, True, n_iter)
     return KMeansResult(centroids, False, max_iter)
 

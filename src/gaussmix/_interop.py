@@ -38,7 +38,8 @@ def to_sklearn(mixture: Any, params: dict[str, Any], fitted: dict[str, Any]) -> 
     converted = GaussianMixture(**deepcopy(on_host))
     arrays = {name: np.array(to_numpy(getattr(mixture, name))) for name in ARRAYS}
     vars(converted).update({"n_features_in_": arrays["means_"].shape[1]} | fitted | arrays)
-    converted.precisions_ = COVARIANCES[mixture.covariance_type].square(converted.precisions_cholesky_)
+    factors = converted.precisions_cholesky_.astype(converted.covariances_.dtype)
+    converted.precisions_ = COVARIANCES[converted.covariance_type].square(factors)
     return converted
 
 
@@ -52,10 +53,14 @@ def from_sklearn(mixture: Any) -> tuple[dict[str, Any], Parameters, dict[str, An
             f"from_sklearn takes a fitted sklearn.mixture.GaussianMixture, got a {cls.__module__}.{cls.__qualname__}; "
             "from_parameters makes a mixture of any weights, means and covariances"
         )
-    check_is_fitted(mixture, ARRAYS)
+    # scikit-learn predicts without covariances, where the other attributes were set by hand.
+    check_is_fitted(mixture, [name for name in ARRAYS if name != "covariances_"])
     params = deepcopy({name: getattr(mixture, name) for name in GaussianMixture().get_params(deep=False)})
     xp = array_namespace(mixture.means_)
+    arrays = {name: getattr(mixture, name) for name in ARRAYS if hasattr(mixture, name)}
+    if "covariances_" not in arrays:
+        arrays["covariances_"] = COVARIANCES[mixture.covariance_type].covariances(mixture.precisions_cholesky_)
     # Copies, as a mixture owns its arrays.
-    parameters = Parameters(*(xp.asarray(getattr(mixture, name), copy=True) for name in ARRAYS))
+    parameters = Parameters(*(xp.asarray(arrays[name], copy=True) for name in ARRAYS))
     found = {"n_features_in_": parameters.means.shape[1]} | attributes(mixture)
     return params, parameters, found

@@ -1,5 +1,6 @@
 """KMeans with PyCave's signature."""
 
+import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from gaussmix._dispatch import clusters, distances, shareable
 from gaussmix._distributed import Group, launch
 from gaussmix._em import progress_bar
 from gaussmix._engine import Clusters
-from gaussmix._estimator import Trained, averaged, by_block, takes_data
+from gaussmix._estimator import Trained, averaged, by_block, numpy_defaults, takes_data, whole_or_not_at_all
 from gaussmix._initialization import (
     SAMPLE_ROWS,
     SAMPLE_ROWS_PER_COMPONENT,
@@ -54,7 +55,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
     init_strategy : {"kmeans++", "random"}, default "kmeans++"
         Seeds by k-means++, or k rows drawn at random; from a sample of at most max(16384, 256 k) rows.
     convergence_tolerance : float, default 1e-4
-        Stops when the centroids move by no more than this times the mean variance of a feature (Frobenius norm).
+        Stops when the squared movement of the centroids, summed over them, is at most this times the mean variance of a
+        feature: scikit-learn's rule, which does not depend on the units of the data.
     batch_size : int, optional
         Number of rows read at a time; the result does not depend on it.
     trainer_params : dict, optional
@@ -111,7 +113,9 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         self.trainer_params = trainer_params
         self.random_state = random_state
 
+    @numpy_defaults
     @takes_data
+    @whole_or_not_at_all
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Find the centroids.
 
@@ -133,12 +137,10 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         ValueError, TypeError
             For bad parameters, data that is not finite, and fewer rows than clusters.
         """
-        check_integer("num_clusters", self.num_clusters, 1)
-        check_option("init_strategy", self.init_strategy, SEEDS)
-        check_real("convergence_tolerance", self.convergence_tolerance)
+        self._check_parameters()
         settings = self._settings()
         rows = validate_rows(self, X, reset=True, sample_weight=sample_weight, batch_size=self.batch_size)
-        k = self.num_clusters
+        k = int(self.num_clusters)
         check_enough_rows(rows.n_positive, "num_clusters", k)
 
         random_state = random_generator(self.random_state)
@@ -146,12 +148,15 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         if settings.fabric is None:
             result, self.inertia_ = run(settings.placed(rows), random_state)
         else:
-            result, self.inertia_ = launch(settings.fabric, partial(run.shared, shareable(rows), random_state))
+            result, self.inertia_ = launch(
+                settings.fabric, partial(run.shared, self._told(), shareable(rows), random_state)
+            )
         like = settings.rounded(rows.like[:0, :])
         self.centroids_ = asarray_like(result.centroids, like, floating_dtype(like))
         self.converged_, self.num_iter_ = result.converged, result.n_iter
         return self
 
+    @numpy_defaults
     @takes_data
     @by_block
     def predict(self, X: Any) -> Array:
@@ -177,6 +182,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         """Find the centroids and return the labels of the same rows, as `fit(X).predict(X)` does."""
         return self.fit(X, y, sample_weight).predict(X)
 
+    @numpy_defaults
     @takes_data
     @by_block
     def transform(self, X: Any) -> Array:
@@ -202,6 +208,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         """Find the centroids and return the distances of the same rows, as `fit(X).transform(X)` does."""
         return self.fit(X, y, sample_weight).transform(X)
 
+    @numpy_defaults
     @takes_data
     @by_block
     def score_samples(self, X: Any) -> Array:
@@ -222,6 +229,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         found = on_rows.squared_distances(self._centroids(on_rows))
         return asarray_like(found, rows.like, floating_dtype(rows.like))
 
+    @numpy_defaults
     @takes_data
     @averaged
     def score(self, X: Any, y: Any = None) -> float:
@@ -250,9 +258,14 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
 
         return Module.of(self.centroids_)
 
+    def _check_parameters(self) -> None:
+        check_integer("num_clusters", self.num_clusters, 1)
+        check_option("init_strategy", self.init_strategy, SEEDS)
+        check_real("convergence_tolerance", self.convergence_tolerance)
+
     @property
     def _n_features_out(self) -> int:
-        return self.num_clusters
+        return int(self.centroids_.shape[0])
 
     def _rows(self, X: Any, method: str) -> Rows | Stream:
         check_is_fitted(self, "centroids_")
@@ -279,7 +292,7 @@ class _Run:
         """Seeds and Lloyd's iterations: the result and its inertia."""
         sample = rows.sample(max(SAMPLE_ROWS, SAMPLE_ROWS_PER_COMPONENT * self.k), random_state)
         seeds = SEEDS[self.init_strategy](sample, self.k, random_state)
-        on_rows = clusters(rows, group)
+        on_rows = clusters(rows, group, level=logging.INFO)
         max_iter = self.settings.max_epochs
         is_shown = self.settings.progress_bar and (group is None or group.rank == 0)
         with progress_bar(is_shown, max_iter, "movement", rows.shape[0]) as show:
@@ -287,9 +300,10 @@ class _Run:
         return result, mean_squared_distance(on_rows, result.centroids)
 
     def shared(
-        self, rows: Rows | Stream, random_state: np.random.RandomState, group: Group
+        self, told: dict[str, Any], rows: Rows | Stream, random_state: np.random.RandomState, group: Group
     ) -> tuple[KMeansResult, float]:
         """The same in several processes; with arrays in host memory, which travel between them."""
+        group.compare(told | {"the shape of X": rows.shape})
         rows = replace(self.settings, device=group.device).placed(rows)
         result, inertia = self(rows, group.from_first(random_state), group)
         return replace(result, centroids=to_numpy(result.centroids)), inertia

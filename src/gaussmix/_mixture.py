@@ -1,7 +1,8 @@
 """GaussianMixture with PyCave's signature."""
 
+import logging
 import os
-import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -9,22 +10,33 @@ from typing import Any, Self
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.validation import check_is_fitted
 
 from gaussmix import _interop
-from gaussmix._arrays import to_numpy
+from gaussmix._arrays import asarray_like, to_numpy
 from gaussmix._checkpoint import opened, run
 from gaussmix._covariance import COVARIANCES
 from gaussmix._data import Described, Rows, Stream
 from gaussmix._dispatch import engine, shareable
-from gaussmix._distributed import Group, Share, launch, process_group, share_of
+from gaussmix._distributed import Group, Share, launch, share_of
 from gaussmix._em import Callback, EMResult, progress_bar
 from gaussmix._engine import Fitting
-from gaussmix._estimator import Mixture, Trained, averaged, by_block, takes_data
+from gaussmix._estimator import (
+    Mixture,
+    Trained,
+    averaged,
+    by_block,
+    in_group,
+    numpy_defaults,
+    takes_data,
+    whole_or_not_at_all,
+)
 from gaussmix._initialization import initialize
 from gaussmix._parameters import Parameters
 from gaussmix._trainer import Settings
 from gaussmix._typing import Array
 from gaussmix._validation import (
+    check_callback,
     check_covariance_type,
     check_enough_rows,
     check_integer,
@@ -34,6 +46,7 @@ from gaussmix._validation import (
     validate_array,
     validate_rows,
 )
+from gaussmix._warnings import warn_user
 
 INIT_STRATEGIES = ("kmeans", "kmeans++", "random", "random_from_data")
 
@@ -93,7 +106,11 @@ class GaussianMixture(Mixture, Trained):
     means_ : array of shape (k, d)
     covariances_, precisions_cholesky_ : array
         Shape (k, d, d) for "full", (d, d) for "tied", (k, d) for "diag", (k,) for "spherical". U is upper triangular
-        with U U^T = Sigma^-1. Like all arrays here in the library, on the device and in the dtype of the data.
+        with U U^T = Sigma^-1. Like all arrays here in the library, on the device and in the dtype of the data; where
+        float32 has no room for what the factor says of the covariances (two features that nearly agree), they are in
+        float64.
+    covariance_type_ : str
+        The covariance type of what was fitted.
     model_ : gaussmix.GaussianMixtureModel
         A torch module with the same memory, as `component_probs`, `means`, `precisions_cholesky`, and `covariances`.
         Without torch, an object with these attributes.
@@ -104,7 +121,7 @@ class GaussianMixture(Mixture, Trained):
     nll_ : float
         Mean negative log-likelihood of a row in the last E-step.
     lower_bounds_ : list of float
-        Mean log-likelihood of a row at each iteration's E-step.
+        Mean log-likelihood of a row at each iteration's E-step; that of the last step after `partial_fit`.
     n_steps_ : int
         Number of steps that `partial_fit` took since the last `fit`.
     backend_ : str
@@ -160,7 +177,10 @@ class GaussianMixture(Mixture, Trained):
         self.num_workers = num_workers
         self.random_state = random_state
 
+    @numpy_defaults
     @takes_data
+    @whole_or_not_at_all
+    @in_group
     def fit(
         self,
         X: Any,
@@ -203,7 +223,8 @@ class GaussianMixture(Mixture, Trained):
             Rows, weights and settings have to be the same, but for the tolerance and the largest number of iterations.
         distributed : "torch" or torch.distributed.ProcessGroup, optional
             X is this process's share of the rows, which may be none: the processes that torchrun started, or those of
-            the group, fit one mixture to all of them. Attributes are the same in every process.
+            the group, fit one mixture to all of them. Attributes are the same in every process. So must be what it is
+            told, but for `batch_size`, `num_workers` and `callback`; an error in one process ends the fit in all.
 
         Returns
         -------
@@ -212,7 +233,10 @@ class GaussianMixture(Mixture, Trained):
         Raises
         ------
         ValueError, TypeError
-            For bad parameters, data that is not finite, and fewer rows than components or than two.
+            For bad parameters, data that is not finite, and fewer rows than components or than two; in all processes
+            for settings in which they differ.
+        RuntimeError
+            If another process failed; the error has its message.
         numpy.linalg.LinAlgError
             If a covariance is not positive definite; also a `torch.linalg.LinAlgError` where torch is loaded.
 
@@ -222,10 +246,15 @@ class GaussianMixture(Mixture, Trained):
             If EM did not converge within `max_epochs` iterations.
         """
         self._check_parameters()
+        check_callback(callback)
         settings = self._settings()
+        if distributed is not None and settings.fabric is not None:
+            raise ValueError(
+                f"trainer_params starts processes ({settings.fabric}), and distributed names some that are there; "
+                "leave one of them out"
+            )
         random_state = random_generator(self.random_state)
-        group = None if distributed is None else process_group(distributed, X, settings.device)
-        rows = self._validated(X, sample_weight, group)
+        rows = self._validated(X, sample_weight, distributed)
         k = self.num_components
         check_enough_rows(rows.n_positive, "num_components", k)
         run = _Run(
@@ -246,20 +275,20 @@ class GaussianMixture(Mixture, Trained):
             result, self.backend_, self.precision_ = run(rows, random_state)
         else:
             result, self.backend_, self.precision_ = launch(
-                settings.fabric, partial(run.shared, shareable(rows), random_state)
+                settings.fabric, partial(run.shared, self._told(), shareable(rows), random_state)
             )
         if settings.max_epochs and not result.converged:
-            warnings.warn(
+            warn_user(
                 f"EM did not converge within {len(result.lower_bounds)} iterations; increase "
                 f"trainer_params['max_epochs'] or convergence_tolerance (now {self.convergence_tolerance:g})",
                 ConvergenceWarning,
-                stacklevel=3,
             )
         self._set_parameters(result.parameters, Rows(settings.rounded(rows.like[:0, :])))
         self._set_progress(result.lower_bounds, result.converged)
         self.n_steps_ = 0
         return self
 
+    @numpy_defaults
     @takes_data
     @by_block
     def score_samples(self, X: Any) -> Array:
@@ -282,6 +311,7 @@ class GaussianMixture(Mixture, Trained):
         """
         return -self._on(X, "score_samples").log_evidence()
 
+    @numpy_defaults
     @takes_data
     @averaged
     def score(self, X: Any, y: Any = None) -> float:
@@ -305,6 +335,7 @@ class GaussianMixture(Mixture, Trained):
         """
         return -self._on(X, "score").mean_log_evidence()
 
+    @numpy_defaults
     def sample(self, num_datapoints: int) -> Array:
         """Draw rows from the fitted mixture.
 
@@ -319,8 +350,11 @@ class GaussianMixture(Mixture, Trained):
             Grouped by component; in the library, on the device and in the dtype of the fitted arrays. An integer
             `random_state` draws the same rows at each call.
         """
-        return self._draw(num_datapoints)
+        check_is_fitted(self, "means_")
+        check_integer("the number of rows to sample", num_datapoints, 1)
+        return asarray_like(self._draw(num_datapoints)[0], self.means_)
 
+    @numpy_defaults
     def to_sklearn(self) -> Any:
         """The same mixture as a `sklearn.mixture.GaussianMixture`, whose `score` is the negative of ours.
 
@@ -343,6 +377,8 @@ class GaussianMixture(Mixture, Trained):
         >>> abs(mixture.to_sklearn().score([[5.0]]) + mixture.score([[5.0]])) < 1e-9
         True
         """
+        check_is_fitted(self, "means_")
+        self._check_unchanged("to_sklearn")
         params = {
             "n_components": self.num_components,
             "covariance_type": self.covariance_type,
@@ -359,6 +395,7 @@ class GaussianMixture(Mixture, Trained):
         return _interop.to_sklearn(self, params, fitted)
 
     @classmethod
+    @numpy_defaults
     def from_sklearn(cls, mixture: Any) -> Self:
         """The mixture that a `sklearn.mixture.GaussianMixture` was fitted to.
 
@@ -415,11 +452,13 @@ class GaussianMixture(Mixture, Trained):
             return MixtureModel(self.weights_, self.means_, self.precisions_cholesky_, self.covariances_)
         from gaussmix.torch import GaussianMixtureModel
 
-        return GaussianMixtureModel.of(self.weights_, self.means_, self.precisions_cholesky_, self.covariance_type)
+        return GaussianMixtureModel.of(self.weights_, self.means_, self.precisions_cholesky_, self._covariance.name)
 
-    def _told(self) -> dict[str, Any]:
-        settings = self._settings(warn=False)
-        return super()._told() | {"max_epochs": settings.max_epochs, "precision": settings.dtype}
+    def _device(self) -> str | None:
+        # What is wrong with the settings is said once all processes can hear it.
+        with suppress(TypeError, ValueError):
+            return self._settings(warn=False).device
+        return None
 
     def _check_parameters(self) -> None:
         check_integer("num_components", self.num_components, 1)
@@ -467,7 +506,7 @@ class GaussianMixture(Mixture, Trained):
 
         if group is None:
             return validated()
-        return Share.of(group.all_or_none(lambda: self._settings().placed(validated())), group)
+        return Share.of(self._placed(validated()), group)
 
     def _placed(self, rows: Rows | Stream) -> Rows | Stream:
         return self._settings(warn=False).placed(rows)
@@ -495,7 +534,7 @@ class _Run:
         group, callback = rows.group if isinstance(rows, Share) else None, self.callback
         if isinstance(rows, Share):
             random_state = rows.group.from_first(random_state)
-            callback = None if callback is None else rows.group.agreed(callback)
+            callback = rows.group.agreed(callback)
         else:
             rows = self.settings.placed(rows)
         max_iter = self.settings.max_epochs
@@ -507,7 +546,7 @@ class _Run:
             checkpoint, state = noted
             if bar is not None and isinstance(rows, Stream):
                 rows = rows.watched(bar.read)
-            on_rows = engine(rows, COVARIANCES[self.covariance_type], self.reg_covar)
+            on_rows = engine(rows, COVARIANCES[self.covariance_type], self.reg_covar, level=logging.INFO)
             result = run(
                 on_rows,
                 lambda: initialize(on_rows, self.k, self.init_strategy, random_state, self.means),
@@ -519,8 +558,11 @@ class _Run:
             )
         return result, on_rows.backend, on_rows.precision
 
-    def shared(self, rows: Rows, random_state: np.random.RandomState, group: Group) -> tuple[EMResult, str, str]:
+    def shared(
+        self, told: dict[str, Any], rows: Rows, random_state: np.random.RandomState, group: Group
+    ) -> tuple[EMResult, str, str]:
         """The same in processes that all have the rows; with arrays in host memory, which travel between them."""
+        group.compare(told | {"the shape of X": rows.shape})
         placed = replace(self.settings, device=group.device).placed(rows.part(share_of(rows, group)))
         result, backend, precision = self(Share.of(placed, group), random_state)
         return replace(result, parameters=result.parameters.mapped(to_numpy)), backend, precision

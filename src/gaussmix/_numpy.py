@@ -14,12 +14,13 @@ step is repeated in the next form: expanded in the data's precision, expanded in
 
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -99,16 +100,19 @@ def one_blas_thread() -> Iterator[int]:
     That is 1 within `on_one_thread`. The setting belongs to the process: where several threads are inside at once, the
     last to leave restores it.
     """
+    own = _blas.of_this_thread
     with _blas.lock:
         if _blas.inside == 0:
             _blas.before = [library.num_threads for library in _controller().lib_controllers]
             _set_blas_threads([1] * len(_blas.before))
         _blas.inside += 1
+        own.inside += 1
         threads = max(_blas.before, default=1)
     try:
-        yield 1 if _blas.of_this_thread.is_one_of_many else threads
+        yield 1 if own.is_one_of_many else threads
     finally:
         with _blas.lock:
+            own.inside -= 1
             _blas.inside -= 1
             if _blas.inside == 0:
                 _set_blas_threads(_blas.before)
@@ -139,6 +143,7 @@ def on_one_thread() -> Iterator[None]:
 
 
 class _OfThread(threading.local):
+    inside = 0
     is_one_of_many = False
 
 
@@ -146,12 +151,26 @@ class _Blas:
     """Who is inside `one_blas_thread`."""
 
     def __init__(self) -> None:
-        self.lock, self.inside = threading.Lock(), 0
+        self.lock, self.inside = threading.RLock(), 0
         self.before: list[int] = []  # threads of each library before that
         self.of_this_thread = _OfThread()
 
+    def forked(self) -> None:
+        """In the child of a fork, which has none of the other threads: they are not inside, and do not leave."""
+        were_inside, self.inside = self.inside, self.of_this_thread.inside
+        self.lock = threading.RLock()
+        if were_inside and not self.inside:
+            _set_blas_threads(self.before)
+
 
 _blas = _Blas()
+if hasattr(os, "register_at_fork"):
+    # With the lock, no other thread is about to change the setting or the numbers.
+    os.register_at_fork(
+        before=lambda: _blas.lock.acquire(),
+        after_in_parent=lambda: _blas.lock.release(),
+        after_in_child=_blas.forked,
+    )
 
 
 @cache
@@ -207,7 +226,12 @@ class _Threaded:
             if min(threads, len(parts)) == 1:
                 return [quietly(part) for part in parts]
             with ThreadPoolExecutor(min(threads, len(parts))) as pool:
-                return list(pool.map(quietly, parts))
+                try:
+                    found = pool.map(quietly, parts)
+                except RuntimeError:  # no more threads: the interpreter shuts down, or the system has none left
+                    pool.shutdown(cancel_futures=True)
+                    found = map(quietly, parts)
+                return list(found)
 
 
 class Clusters(_Threaded):
@@ -261,6 +285,8 @@ class Engine(_Threaded):
         super().__init__(rows)
         self.covariance, self.reg_covar = covariance, reg_covar
         self._middle_of_rows = middle
+        self._kept_shift: Array | None = None
+        self._kept_scatter: Array | None = None
         self._dtype = np.dtype(np.float32 if self.rows.array.dtype == np.float32 else np.float64)
         self._forms = [form for form in FORMS if form.dtype.itemsize >= self._dtype.itemsize]
         self.hints: Array | None = None  # the component nearest to each row, as far as it is known
@@ -285,15 +311,15 @@ class Engine(_Threaded):
         other._keeps = False  # a block is not seen again
         return other
 
-    def assign(self, means: Array) -> SufficientStatistics:
-        """Statistics of the rows that are nearest to each of `means` (k, d)."""
+    def assign(self, means: Array, origin: Array) -> SufficientStatistics:
+        """Statistics about `origin` (k, d) of the rows that are nearest to each of `means` (k, d)."""
         labels = np.empty(self.rows.shape[0], dtype=np.min_scalar_type(-len(means)))
 
         def statistics(slab: slice) -> SufficientStatistics:
             for block, _, nearest in self._nearest(slab, means, means.mean(axis=0)):
                 labels[block] = nearest
             rows = np.asarray(self.rows.array[slab])
-            return _pruning.assign(rows, self._weight(slab), labels[slab], means, self.covariance)
+            return _pruning.assign(rows, self._weight(slab), labels[slab], origin, self.covariance)
 
         total = _total(self._run(statistics, len(means)))
         self.hints = labels
@@ -339,12 +365,13 @@ class Engine(_Threaded):
             return sums.statistics(shift)
 
         total = _total(self._run(statistics, len(natural)))
-        if self._scatter is None:
+        if self.covariance.n_quadratic(self.rows.shape[1]):
             return total
         # The quadratic term that all components share cancels in the responsibilities; its sum is that of a trace.
-        trace = np.sum(self.covariance.square(parameters.precision_cholesky) * self._scatter)
+        scatter = self._scatter()
+        trace = np.sum(self.covariance.square(parameters.precision_cholesky) * scatter)
         return SufficientStatistics(
-            shift, total.counts, total.first_moments, self._scatter, total.log_likelihood - 0.5 * trace
+            shift, total.counts, total.first_moments, scatter, total.log_likelihood - 0.5 * trace
         )
 
     def _bounds(self, parameters: Parameters, shift: Array) -> _pruning.Bounds | None:
@@ -504,29 +531,33 @@ class Engine(_Threaded):
         """The mean of the mixture, with no more digits than the data: what rows are shifted by for predictions."""
         return (parameters.weights @ parameters.means).astype(self._dtype).astype(np.float64)
 
-    @cached_property
+    # Not functools.cached_property, which in Python 3.11 has a lock: a fork can leave it locked for ever.
+    @property
     def _shift(self) -> Array:
         """The mean of the data set, in float64 but with no more digits than the data: x - shift is rounded once."""
-        given = self._middle_of_rows
-        mean = self.rows.mean(BLOCK_ROWS[1]) if given is None else to_numpy(given)
-        dtype = self.rows.array.dtype
-        return mean.astype(dtype).astype(np.float64) if np.issubdtype(dtype, np.floating) else mean
+        if self._kept_shift is None:
+            given = self._middle_of_rows
+            mean = self.rows.mean(BLOCK_ROWS[1]) if given is None else to_numpy(given)
+            dtype = self.rows.array.dtype
+            floating = np.issubdtype(dtype, np.floating)
+            self._kept_shift = mean.astype(dtype).astype(np.float64) if floating else mean
+        return self._kept_shift
 
-    @cached_property
-    def _scatter(self) -> Array | None:
-        """Weighted sum of (x - shift)(x - shift)^T over all rows where all components share one covariance."""
-        if self.covariance.n_quadratic(self.rows.shape[1]):
-            return None
+    def _scatter(self) -> Array:
+        """Weighted sum of (x - shift)(x - shift)^T over all rows, for components that share one covariance."""
+        shift = self._shift
 
         def scatter(slab: slice) -> Array:
             total = np.zeros((self.rows.shape[1],) * 2)
             for block in _within(slab, BLOCK_ROWS[1]):
-                x = self._read(block, np.dtype(np.float64)) - self._shift[:, None]
+                x = self._read(block, np.dtype(np.float64)) - shift[:, None]
                 weight = self._weight(block)
                 total += (x if weight is None else x * weight) @ x.T
             return total
 
-        return sum(self._run(scatter, self.rows.shape[1]))
+        if self._kept_scatter is None:
+            self._kept_scatter = sum(self._run(scatter, self.rows.shape[1]))
+        return self._kept_scatter
 
     def _kept_features(self, block: slice, shift: Array, buffer: Array) -> Array:
         """Features of a block about `shift` (F, b): those of the last iteration, or new ones in `buffer`."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gaussmix._files import UNREADABLE, damaged, read_json
+from gaussmix._validation import REPORTS
 
 PARAMS, PICKLED_PARAMS = "params.json", "params.pickle"
 ATTRIBUTES, PICKLED_ATTRIBUTES = "attributes.json", "attributes.pickle"
@@ -21,7 +22,7 @@ MODELS = ("model_", "model")
 CLASSES = {"num_components": "GaussianMixture", "num_clusters": "KMeans"}
 # What both libraries add to the user's trainer_params before they save them.
 ADDED = {"logger": False, "log_every_n_steps": 1, "enable_checkpointing": False, "enable_model_summary": False}
-SCALARS = {"converged_": bool, "num_iter_": int, "nll_": float, "inertia_": float}
+SCALARS = ("converged_", "num_iter_", "nll_", "inertia_")
 
 E = TypeVar("E")
 
@@ -53,7 +54,8 @@ def load(cls: type[E], folder: Path, allow_pickle: bool) -> E:
 
 
 def _model_folder(folder: Path) -> Path | None:
-    return next((folder / name for name in MODELS if (folder / name).is_dir()), None)
+    # A link to nothing is no estimator that was not fitted.
+    return next((folder / name for name in MODELS if (folder / name).is_dir() or (folder / name).is_symlink()), None)
 
 
 def _params(cls: Any, folder: Path, allow_pickle: bool) -> dict[str, Any]:
@@ -138,10 +140,14 @@ def _attributes(folder: Path, allow_pickle: bool) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise damaged(path, "it does not hold the attributes of an estimator")
+    # Pickles may have scalars of other libraries.
+    found = {name: getattr(values[name], "item", lambda n=name: values[n])() for name in SCALARS if name in values}
     try:
-        return {name: kind(values[name]) for name, kind in SCALARS.items() if name in values}
+        for name, value in found.items():
+            REPORTS[name](name, value)
     except (TypeError, ValueError) as error:
         raise damaged(path, error) from error
+    return found
 
 
 class _Unpickler(pickle.Unpickler):

@@ -69,9 +69,8 @@ class SufficientStatistics:
         """The same statistics about another origin."""
         if origin is self.origin:
             return self
-        xp = array_namespace(self.counts)
         # Both origins as seen from the components' means, about which second moments are smallest.
-        shifts = self.first_moments / xp.where(self.counts > 0, self.counts, 1)[:, None]
+        shifts = self._shifts
         moved = shifts + (self.origin - origin)
         central = covariance.recentre(self.second_moments, self.counts, shifts)
         return SufficientStatistics(
@@ -81,6 +80,21 @@ class SufficientStatistics:
             covariance.recentre(central, -self.counts, moved),
             self.log_likelihood,
         )
+
+    def means(self, empty: Array) -> Array:
+        """Mean of each component's rows, and that of `empty` (k, d) for a component without rows: (k, d)."""
+        xp = array_namespace(self.counts)
+        return xp.where(self.counts[:, None] > 0, self.origin + self._shifts, empty)
+
+    def covariances(self, covariance: Covariance) -> Array:
+        """Covariances of largest likelihood."""
+        second_moments = covariance.recentre(self.second_moments, self.counts, self._shifts)
+        return covariance.estimate(second_moments, self.counts, self.first_moments.shape[1])
+
+    @property
+    def _shifts(self) -> Array:
+        """From the origin to the means of the rows: (k, d)."""
+        return self.first_moments / array_namespace(self.counts).where(self.counts > 0, self.counts, 1)[:, None]
 
     @property
     def lower_bound(self) -> float:
@@ -95,16 +109,13 @@ def maximize(statistics: SufficientStatistics, means: Array, covariance: Covaria
     """
     xp = array_namespace(statistics.counts)
     counts = statistics.counts
-    shifts = statistics.first_moments / xp.where(counts > 0, counts, 1)[:, None]
-    second_moments = covariance.recentre(statistics.second_moments, counts, shifts)
-    covariances = covariance.regularize(covariance.estimate(second_moments, counts, shifts.shape[1]), reg_covar)
+    covariances = covariance.regularize(statistics.covariances(covariance), reg_covar)
     precision_cholesky = covariance.precision_cholesky(covariances)
     if not bool(xp.all(xp.isfinite(precision_cholesky))):
         component = covariance.first_singular(precision_cholesky)
         count = xp.sum(counts) if component is None else counts[component]
         raise singular_covariance(component, float(count), reg_covar)
-    means = xp.where(counts[:, None] > 0, statistics.origin + shifts, means)
-    return Parameters(counts / xp.sum(counts), means, covariances, precision_cholesky)
+    return Parameters(counts / xp.sum(counts), statistics.means(means), covariances, precision_cholesky)
 
 
 def statistics_of(parameters: Parameters, covariance: Covariance, reg_covar: float) -> SufficientStatistics:

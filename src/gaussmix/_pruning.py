@@ -130,10 +130,10 @@ def labels(rows: Array, parameters: Parameters, covariance: Covariance, bounds: 
 
 
 def assign(
-    rows: Array, weight: Array | None, labels: Array, means: Array, covariance: Covariance
+    rows: Array, weight: Array | None, labels: Array, origin: Array, covariance: Covariance
 ) -> SufficientStatistics:
-    """Statistics of `rows` (n, d) about `means`, each row with its whole weight in the component of its label."""
-    sums = _Sums(means, covariance)
+    """Statistics of `rows` (n, d) about `origin` (k, d), each row wholly in the component of its label."""
+    sums = _Sums(origin, covariance)
     for group in slices(len(rows), GROUP_ROWS):
         own = np.arange(group.stop - group.start)
         sums.add(rows[group], own, labels[group], np.ones(len(own)) if weight is None else weight[group])

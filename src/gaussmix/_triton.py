@@ -156,12 +156,12 @@ class Engine(_Rows):
         return other
 
     @_on_stream
-    def assign(self, means: Array) -> SufficientStatistics:
-        """Statistics of the rows that are nearest to each of `means` (k, d)."""
+    def assign(self, means: Array, origin: Array) -> SufficientStatistics:
+        """Statistics about `origin` (k, d) of the rows that are nearest to each of `means` (k, d)."""
         while self._forms:
             em = self._em()
-            offsets = self._there(means) - em.data.shift
-            statistics = self._statistics(em, em.assign(kernels.nearest(em.data, offsets), offsets), offsets, 0.0)
+            offsets, centres = (self._there(value) - em.data.shift for value in (means, origin))
+            statistics = self._statistics(em, em.assign(kernels.nearest(em.data, offsets), centres), centres, 0.0)
             try:
                 new = maximize(statistics, asarray_like(means, statistics.counts), self.covariance, self.reg_covar)
             except SingularCovarianceError:
@@ -171,7 +171,7 @@ class Engine(_Rows):
                 continue
             if self._is_exact_enough(new):
                 return statistics
-        return self._plain.assign(asarray_like(means, self.rows.array, self.rows.dtype))
+        return self._plain.assign(*(asarray_like(value, self.rows.array, self.rows.dtype) for value in (means, origin)))
 
     @_on_stream
     def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:

@@ -1,18 +1,23 @@
 """The edge: what users pass in is checked here, and an error names the cause, the value and the remedy."""
 
+import array
 import math
 import sys
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
 from numbers import Integral
 from typing import Any
 
 import numpy as np
-from array_api_compat import is_array_api_obj, is_dask_array, is_torch_array
+from array_api_compat import is_array_api_obj, is_dask_array, is_pydata_sparse_array, is_torch_array
+from scipy.sparse import issparse
 from sklearn import get_config
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import validate_data
 
-from gaussmix._arrays import array_namespace, asarray_like, device, floating_dtype, to_numpy, working_dtype
+from gaussmix._arrays import array_namespace, asarray_like, device, floating_dtype, plain, to_numpy, working_dtype
 from gaussmix._blocks import Blocks, readable
 from gaussmix._covariance import COVARIANCES, Covariance
 from gaussmix._data import Rows, Stream, fingerprint, slices
@@ -23,6 +28,24 @@ from gaussmix._typing import Array
 BLOCK_ELEMENTS = 2**20
 # Rows of a stream that are kept to look at.
 KEPT_ROWS = 1024
+
+# What to do about X of three dimensions and more.
+FLATTEN = (
+    "X needs two dimensions, rows and features: X.reshape(-1, c) makes a row of each pixel of an image of shape "
+    "(h, w, c), X.reshape(n, -1) one of each of n images"
+)
+# How messages of Python, NumPy, torch and scikit-learn begin, which scripts look for, and what to do about them.
+REMEDIES = {
+    "could not convert string": "encode text as numbers, or leave such columns out",
+    "float() argument must be": "pass real numbers",
+    "int too large": "rescale such integers",
+    "setting an array element with a sequence": "pass rows of the same length, with a number in each place",
+    "Can't call numpy()": "pass torch.stack of such tensors",
+    "Got unsupported ScalarType": "pass torch.stack of such tensors",
+    "Found array with dim": FLATTEN,
+}
+# How dtypes of dates, times and durations begin in pandas, Polars and pyarrow.
+TIMES = ("date", "time", "duration", "period")
 
 
 def validate_rows(
@@ -42,7 +65,7 @@ def validate_rows(
     if is_dask_array(X):
         return _validate_dask(estimator, X, reset, min_rows, sample_weight)
     _refuse_dask(X)
-    X = readable(X, batch_size, num_workers)
+    X = readable(dense("X", X), batch_size, num_workers)
     if isinstance(X, Blocks):
         return _validate_stream(estimator, X, reset, min_rows, sample_weight)
     if isinstance(X, np.ndarray):
@@ -63,14 +86,15 @@ def validate_rows(
         if isinstance(X, np.ndarray) and X.dtype == np.float16:
             X = X.astype(np.float32)
         # Lists, data frames and NumPy arrays: scikit-learn's own rules and messages.
-        X = validate_data(
-            estimator,
-            X,
-            reset=reset,
-            dtype=[np.float64, np.float32],
-            ensure_all_finite=False,
-            ensure_min_samples=min_rows,
-        )
+        with _remedied():
+            X = validate_data(
+                estimator,
+                X,
+                reset=reset,
+                dtype=[np.float64, np.float32],
+                ensure_all_finite=False,
+                ensure_min_samples=min_rows,
+            )
     check_finite(X)
     weight = None
     if sample_weight is not None:
@@ -206,6 +230,8 @@ def _validate_dask(estimator: Any, X: Any, reset: bool, min_rows: int, sample_we
             "or to_dask_array(lengths=True) of a data frame"
         )
     _check_shape(estimator, n, d, reset, min_rows)
+    if isinstance(getattr(sample_weight, "_meta", None), np.ma.MaskedArray):
+        sample_weight = sample_weight.map_blocks(partial(np.ma.filled, fill_value=0))
     if sample_weight is not None and not is_dask_array(sample_weight):
         sample_weight = validate_weights(sample_weight, n, np.empty(0))
     elif sample_weight is not None and not array_namespace(sample_weight).isdtype(
@@ -234,19 +260,112 @@ def _check_block(x: Array, weight: Array | None, first_row: int) -> None:
 
 def _validate_array(X: Array) -> Array:
     """Two dimensions of real numbers: for arrays that need no conversion, and other libraries."""
-    if is_torch_array(X):
-        X = X.detach()
+    X = dense("X", X)
     xp = array_namespace(X)
     if X.ndim != 2:
+        remedy = "reshape your data to (n, 1) for a single feature or (1, d) for a single row"
         raise ValueError(
-            f"Expected 2D array, got {X.ndim}D array of shape {tuple(X.shape)}; reshape your data to (n, 1) for a "
-            "single feature or (1, d) for a single row"
+            f"Expected 2D array, got {X.ndim}D array of shape {tuple(X.shape)}; {FLATTEN if X.ndim > 2 else remedy}"
         )
     if xp.isdtype(X.dtype, "complex floating"):
         raise ValueError(f"Complex data not supported: X has dtype {X.dtype}; pass real numbers")
     if not xp.isdtype(X.dtype, ("real floating", "integral", "bool")):
         raise ValueError(f"X has dtype {X.dtype}; pass floating-point numbers or integers")
     return xp.astype(X, floating_dtype(X), copy=False)
+
+
+def dense(name: str, value: Any) -> Any:
+    """`value`, or an array of what a list or a buffer holds; raises where a place has no number, or none yet.
+
+    What the number is, other checks look at: they know what it is for.
+    """
+    if type(value) is np.ndarray and value.dtype.kind == "f":
+        return value
+    if isinstance(value, (memoryview, array.array)):
+        value = np.asarray(value)
+    elif isinstance(value, (list, tuple)) or _has_rows(value):
+        is_masked = any(issubclass(kind, np.ma.MaskedArray) for kind in set(map(type, value)))
+        with _remedied():
+            value = (np.ma.array if is_masked else np.asarray)(value)
+    if is_torch_array(value):
+        return _dense_tensor(name, value)
+    if isinstance(value, np.ma.MaskedArray):
+        if np.ma.is_masked(value):
+            raise ValueError(
+                f"{name} has {np.sum(value.mask)} masked values; leave such rows out, as "
+                "numpy.ma.compress_rows does, or put values there with .filled(value)"
+            )
+        value = plain(value)
+    kind = type(value)
+    if kind.__module__.startswith("polars") and hasattr(value, "collect"):
+        raise TypeError(f"{name} is a polars {kind.__name__}, which is not computed yet; pass its .collect()")
+    is_pydata = is_pydata_sparse_array(value)
+    if is_pydata or issparse(value) or kind.__module__.startswith("cupyx.scipy.sparse"):
+        raise _sparse(name, value, ".todense()" if is_pydata else ".toarray()", value.dtype.itemsize)
+    has_columns = hasattr(value, "columns")
+    dtypes: list[Any] = list(getattr(value, "dtypes", ())) if has_columns else [getattr(value, "dtype", None)]
+    for number, dtype in enumerate(dtypes):
+        is_numpy = isinstance(dtype, np.dtype)
+        if dtype.kind in "mM" if is_numpy else str(dtype).lower().startswith(TIMES):
+            where = f", in column {value.columns[number]!r}" if has_columns else ""
+            raise TypeError(
+                f"{name} has dtype {dtype}{where}: times are no numbers; divide differences of times by a unit, as "
+                "numpy.timedelta64(1, 's')"
+            )
+        if is_numpy and dtype.names:
+            raise TypeError(
+                f"{name} has a structured dtype, of fields {dtype.names}; pass "
+                "numpy.lib.recfunctions.structured_to_unstructured of it"
+            )
+    if has_columns and dtypes and all(str(dtype).startswith("Sparse") for dtype in dtypes):
+        raise _sparse(name, value, ".sparse.to_dense()", 8)
+    return value
+
+
+def _has_rows(value: Any) -> bool:
+    """Whether this is a deque of rows; one of blocks is read block by block."""
+    if not isinstance(value, deque):
+        return False
+    first = value[0] if value else ()
+    return getattr(first[0] if isinstance(first, tuple) and first else first, "ndim", 0) < 2
+
+
+def _dense_tensor(name: str, value: Any) -> Any:
+    """A tensor whose memory has the numbers of all places, as they are."""
+    layout = str(value.layout)
+    if hasattr(value, "get_mask"):
+        raise TypeError(f"{name} is a masked tensor; put values in its masked places with .to_tensor(value)")
+    if value.is_nested:
+        raise TypeError(f"{name} is a nested tensor, without rows of its own; pass torch.cat of its .unbind()")
+    if layout != "torch.strided":
+        raise _sparse(name, value, ".to_dense()", value.dtype.itemsize)
+    if value.is_quantized:
+        raise TypeError(f"{name} has dtype {value.dtype}, of quantized numbers; pass its .dequantize()")
+    if value.is_meta:
+        raise ValueError(f"{name} is on torch's meta device, which keeps no numbers; pass a tensor that has some")
+    return plain(value)
+
+
+def _sparse(name: str, value: Any, method: str, itemsize: int) -> TypeError:
+    size = math.prod(value.shape) * itemsize / 2**20
+    memory = f"{math.ceil(size)} MiB" if size < 2**10 else f"{size / 2**10:.3g} GiB"
+    return TypeError(
+        f"Sparse data was passed for {name}, but dense data is required. Use its {method}, which takes {memory} of "
+        "memory"
+    )
+
+
+@contextmanager
+def _remedied() -> Iterator[None]:
+    """Says what to do about an error of another library."""
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        remedy = next((remedy for beginning, remedy in REMEDIES.items() if str(error).startswith(beginning)), None)
+        if remedy is None:
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{str(error).rstrip('.')}; {remedy}") from None
 
 
 def _check_shape(estimator: Any, n: int, d: int, reset: bool, min_rows: int) -> None:
@@ -295,7 +414,9 @@ def validate_weights(sample_weight: Any, n: int | None, like: Array, *, may_be_z
 
     With n = None for rows that are yet to be counted. All of them zero is for a share of the rows alone.
     """
-    weight = to_numpy(sample_weight)
+    if isinstance(sample_weight, np.ma.MaskedArray):
+        sample_weight = sample_weight.filled(0)
+    weight = to_numpy(dense("sample_weight", sample_weight))
     if weight.ndim == 0 and n is not None and np.issubdtype(weight.dtype, np.number):
         weight = np.full(n, weight)
     if weight.ndim != 1 or n not in (None, len(weight)):
@@ -308,9 +429,11 @@ def validate_weights(sample_weight: Any, n: int | None, like: Array, *, may_be_z
 
 
 def _checked_weights(weight: Array) -> Array:
+    if weight.dtype.kind == "c":
+        raise ValueError(f"sample_weight has dtype {weight.dtype}; pass real numbers")
     try:
         weight = weight.astype(np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"sample_weight has dtype {weight.dtype}; pass numbers") from error
     if not np.all(np.isfinite(weight)):
         raise ValueError("sample_weight contains NaN or infinity; pass finite weights")
@@ -344,7 +467,15 @@ def check_enough_rows(n: int, name: str, k: int) -> None:
 
 def random_generator(random_state: Any) -> np.random.RandomState:
     """The generator for a `random_state`: a fresh one for None, so that NumPy's global generator stays untouched."""
-    return np.random.RandomState() if random_state is None else check_random_state(random_state)
+    if random_state is None:
+        return np.random.RandomState()
+    try:
+        return check_random_state(random_state)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; random_state takes an integer from 0 to 2**32 - 1, a numpy.random.RandomState or None, got "
+            f"{random_state!r}"
+        ) from None
 
 
 def check_integer(name: str, value: Any, minimum: int) -> None:
@@ -359,8 +490,16 @@ def check_real(name: str, value: Any) -> None:
     """Raise unless `value` is a finite number that is not negative."""
     if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 <= value < np.inf:
+    if not 0 <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+
+
+def check_callback(callback: Any) -> None:
+    """Raise TypeError for what can not be called after an iteration."""
+    if callback is not None and not callable(callback):
+        raise TypeError(
+            f"callback must be a function of (iteration, lower bound, parameters) or None, got {callback!r}"
+        )
 
 
 def check_option(name: str, value: Any, options: Collection[str]) -> None:
@@ -377,9 +516,11 @@ def check_covariance_type(covariance_type: Any) -> Covariance:
 
 def validate_array(name: str, value: Any, shape: tuple[int, ...]) -> Array:
     """A user's array of this shape, floating and finite, in its own library (NumPy for anything else)."""
-    array = value if is_array_api_obj(value) else np.asarray(value)
-    if is_torch_array(array):
-        array = array.detach()
+    value = dense(name, value)
+    array = np.asarray(value) if isinstance(value, np.ndarray) or not is_array_api_obj(value) else value
+    if isinstance(array, np.ndarray) and array.dtype == object:
+        with _remedied():
+            array = array.astype(np.float64)
     if tuple(array.shape) != shape:
         raise ValueError(
             f"The parameter '{name}' should have the shape of {shape}, but got {tuple(array.shape)}; reshape it or "
@@ -395,11 +536,12 @@ def validate_array(name: str, value: Any, shape: tuple[int, ...]) -> Array:
     return array
 
 
-def validate_mixture_weights(name: str, value: Any, k: int) -> Array:
+def validate_mixture_weights(name: str, value: Any, k: int, tolerance: float | None = None) -> Array:
     """Weights of k components, not negative, with sum 1."""
     weights = validate_array(name, value, (k,))
     xp = array_namespace(weights)
-    tolerance = 1e-5 if weights.dtype == xp.float32 else 1e-8
+    if tolerance is None:
+        tolerance = 1e-5 if weights.dtype == xp.float32 else 1e-8
     smallest, largest, total = float(xp.min(weights)), float(xp.max(weights)), float(xp.sum(weights))
     if smallest < 0 or largest > 1 + tolerance:
         raise ValueError(
@@ -440,16 +582,68 @@ def validate_precisions(value: Any, covariance: Covariance, k: int, d: int) -> A
 
 
 def validate_parameters(weights: Any, means: Any, covariances: Any, covariance: Covariance) -> Parameters:
-    """Parameters from a user's arrays, in the library, dtype and on the device of `means`."""
-    shape = tuple(getattr(means, "shape", np.shape(means)))
+    """Parameters from a user's arrays, in the library and on the device of `means`, in the working dtype."""
+    means = dense("means", means)
+    shape = tuple(means.shape if hasattr(means, "shape") else np.shape(means))
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"means has shape {shape}; expected (number of components, number of features)")
     k, d = shape
     means = validate_array("means", means, shape)
     weights = validate_mixture_weights("weights", weights, k)
     covariances = validate_array("covariances", covariances, covariance.shape(k, d))
-    # The factor is taken in full precision and only then rounded to the dtype of the means.
-    exact = asarray_like(covariances, means, working_dtype(means))
+    dtype = working_dtype(means)
+    exact = asarray_like(covariances, means, dtype)
     covariance.validate(exact, k, d, "covariances")
-    parameters = Parameters(weights, means, exact, covariance.precision_cholesky(exact))
-    return parameters.moved(means, means.dtype)
+    return Parameters(weights, means, exact, covariance.precision_cholesky(exact)).moved(means, dtype)
+
+
+def check_mixture(weights: Array, means: Array, precision_cholesky: Array, covariance: Covariance) -> None:
+    """Raise ValueError unless a file's arrays are the parameters of a mixture, in whatever precision they were saved.
+
+    The factors decide: covariances that were rounded to float32 may be singular where their factors are not.
+    """
+    if len(means.shape) != 2 or 0 in means.shape:
+        raise ValueError(f"means has shape {tuple(means.shape)}; expected (number of components, number of features)")
+    k, d = means.shape
+    validate_array("means", means, (k, d))
+    # PyCave's weights are float32 sums over all rows, and bfloat16, in which they may once have been, has 8 bits.
+    validate_mixture_weights("weights", weights, k, tolerance=1e-2)
+    factors = validate_array("precisions_cholesky", precision_cholesky, covariance.shape(k, d))
+    if not bool(covariance.is_factor(factors)):
+        raise ValueError(
+            "The parameter 'precisions_cholesky' should be upper triangular with a positive diagonal; pass U with "
+            "U U^T = Sigma^-1"
+        )
+
+
+def check_type(name: str, value: Any, kind: type) -> None:
+    """Raise TypeError unless `value` is of this type."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
+
+
+def _check_bound(name: str, value: Any) -> None:
+    """Raise unless `value` is a log-likelihood; without iterations it is infinite."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if math.isnan(value):
+        raise ValueError(f"{name} is NaN: the fit had failed; fit again")
+
+
+def _check_bounds(name: str, value: Any) -> None:
+    check_type(name, value, list)
+    for bound in value:
+        _check_bound(name, bound)
+        if math.isinf(bound):
+            raise ValueError(f"{name} must be finite, got {value!r}")
+
+
+# What a fit says of how it went, and the check of each.
+REPORTS: dict[str, Callable[[str, Any], None]] = {
+    **dict.fromkeys(("n_iter_", "num_iter_", "n_steps_"), partial(check_integer, minimum=0)),
+    **dict.fromkeys(("lower_bound_", "nll_"), _check_bound),
+    **dict.fromkeys(("backend_", "precision_"), partial(check_type, kind=str)),
+    "converged_": partial(check_type, kind=bool),
+    "inertia_": check_real,
+    "lower_bounds_": _check_bounds,
+}

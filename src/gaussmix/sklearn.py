@@ -1,9 +1,9 @@
 """GaussianMixture with scikit-learn's signature, attributes and sign."""
 
+import logging
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,19 +19,28 @@ from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from gaussmix import _interop
-from gaussmix._arrays import array_namespace, asarray_like, floating_dtype, working_dtype
+from gaussmix._arrays import array_namespace, asarray_like, working_dtype
 from gaussmix._checkpoint import State, opened, run
 from gaussmix._covariance import COVARIANCES, Covariance
 from gaussmix._data import Described, Rows
 from gaussmix._dispatch import engine
-from gaussmix._distributed import Group, Share, process_group
-from gaussmix._em import Callback, EMResult, best_of, is_converged
+from gaussmix._distributed import Group, Share
+from gaussmix._em import Callback, DivergedError, EMResult, best_of, is_converged
 from gaussmix._engine import Fitting
-from gaussmix._estimator import Mixture, averaged, by_block, sum_of_blocks
+from gaussmix._estimator import (
+    Mixture,
+    averaged,
+    by_block,
+    in_group,
+    numpy_defaults,
+    sum_of_blocks,
+    whole_or_not_at_all,
+)
 from gaussmix._initialization import find_means, initialize
 from gaussmix._parameters import Parameters, SingularCovarianceError
 from gaussmix._typing import Array
 from gaussmix._validation import (
+    check_callback,
     check_enough_rows,
     random_generator,
     validate_array,
@@ -39,6 +48,7 @@ from gaussmix._validation import (
     validate_precisions,
     validate_rows,
 )
+from gaussmix._warnings import warn_user
 
 __all__ = ["GaussianMixture"]
 
@@ -84,7 +94,7 @@ class GaussianMixture(Mixture):
     max_iter : int, default 100
         Largest number of EM iterations. 0 stops at the start: `means_` are then the seeds, or what was given.
     n_init : int, default 1
-        Number of starts; the one of highest final likelihood is kept.
+        Number of starts; of those that do not fail, the one of highest final likelihood is kept.
     init_params : {"kmeans", "k-means++", "random", "random_from_data"}, default "kmeans"
         How EM starts: rows belong to the nearest centroid of k-means, the nearest seed of k-means++, or the nearest of
         k rows drawn at random; "random" draws the responsibilities of each row instead. k-means and its seeds see a
@@ -109,7 +119,11 @@ class GaussianMixture(Mixture):
     means_ : array of shape (k, d)
     covariances_, precisions_, precisions_cholesky_ : array
         Shape (k, d, d) for "full", (d, d) for "tied", (k, d) for "diag", (k,) for "spherical". U is upper triangular
-        with U U^T = Sigma^-1. Like all arrays here in the library, on the device and in the dtype of the data.
+        with U U^T = Sigma^-1. Like all arrays here in the library, on the device and in the dtype of the data; where
+        float32 has no room for what the factor says of the covariances (two features that nearly agree),
+        `covariances_` and `precisions_` are in float64.
+    covariance_type_ : str
+        The covariance type of what was fitted.
     converged_ : bool
         Whether the last change was below `tol`.
     n_iter_ : int
@@ -117,7 +131,7 @@ class GaussianMixture(Mixture):
     lower_bound_ : float
         Mean log-likelihood of a row in the last E-step of the best start.
     lower_bounds_ : list of float
-        The same for each iteration.
+        The same for each iteration; that of the last step after `partial_fit`.
     n_steps_ : int
         Number of steps that `partial_fit` took since the last `fit`.
     backend_ : str
@@ -185,6 +199,9 @@ class GaussianMixture(Mixture):
         self.verbose = verbose
         self.verbose_interval = verbose_interval
 
+    @numpy_defaults
+    @whole_or_not_at_all
+    @in_group
     def fit(
         self,
         X: Any,
@@ -227,7 +244,8 @@ class GaussianMixture(Mixture):
             Rows, weights and settings have to be the same, but for the tolerance and the largest number of iterations.
         distributed : "torch" or torch.distributed.ProcessGroup, optional
             X is this process's share of the rows, which may be none: the processes that torchrun started, or those of
-            the group, fit one mixture to all of them. Attributes are the same in every process.
+            the group, fit one mixture to all of them. Attributes are the same in every process. So must be what it is
+            told, but for `verbose` and `callback`; an error in one process ends the fit in all.
 
         Returns
         -------
@@ -236,28 +254,32 @@ class GaussianMixture(Mixture):
         Raises
         ------
         ValueError, TypeError
-            For bad parameters, data that is not finite, and fewer rows than components or than two.
+            For bad parameters, data that is not finite, and fewer rows than components or than two; in all processes
+            for settings in which they differ.
+        RuntimeError
+            If another process failed; the error has its message.
         numpy.linalg.LinAlgError
             If a covariance is not positive definite; also a `torch.linalg.LinAlgError` where torch is loaded.
 
         Warns
         -----
         sklearn.exceptions.ConvergenceWarning
-            If the best start did not converge within `max_iter` iterations.
+            If the best start did not converge within `max_iter` iterations; if some of `n_init` starts failed.
         """
         self._check_parameters()
+        check_callback(callback)
         covariance = COVARIANCES[self.covariance_type]
-        group = None if distributed is None else process_group(distributed, X)
+        group = distributed
         rows = self._validated(X, sample_weight, group)
         check_enough_rows(rows.n_positive, "n_components", self.n_components)
-        on_rows = engine(rows, covariance, self.reg_covar)
+        on_rows = engine(rows, covariance, self.reg_covar, level=logging.INFO)
         given = self._given(on_rows.rows, covariance)
         random_state = random_generator(self.random_state)
         if group is not None:
             random_state = group.from_first(random_state)
-            callback = None if callback is None else group.agreed(callback)
+            callback = group.agreed(callback)
         is_warm = self.warm_start and hasattr(self, "converged_")
-        warm = self._fitted(on_rows.rows, covariance) if is_warm else None
+        warm = self._continued("warm_start", on_rows.rows) if is_warm else None
         identity = {} if checkpoint is None else self._identity(rows, warm)
         with opened(checkpoint, checkpoint_every, identity, resume=resume, group=group) as (noted, state):
             run_from = partial(self._run, on_rows, checkpoint=noted, callbacks=[] if callback is None else [callback])
@@ -270,15 +292,14 @@ class GaussianMixture(Mixture):
                 error.args = (f"{ILL_DEFINED} Cause: {error}",)
                 raise
         if self.max_iter and not result.converged:
-            warnings.warn(
-                f"{NOT_CONVERGED} Now max_iter={self.max_iter}, tol={self.tol:g}.", ConvergenceWarning, stacklevel=2
-            )
+            warn_user(f"{NOT_CONVERGED} Now max_iter={self.max_iter}, tol={self.tol:g}.", ConvergenceWarning)
         self._set_parameters(result.parameters, rows)
         self._set_progress(result.lower_bounds, result.converged)
         self.n_steps_ = 0
         self.backend_, self.precision_ = on_rows.backend, on_rows.precision
         return self
 
+    @numpy_defaults
     @by_block
     def score_samples(self, X: Any) -> Array:
         """Log-likelihood of each row, in nats.
@@ -300,6 +321,7 @@ class GaussianMixture(Mixture):
         """
         return self._on(X, "score_samples").log_evidence()
 
+    @numpy_defaults
     @averaged
     def score(self, X: Any, y: Any = None) -> float:
         """Mean log-likelihood of a row, in nats: larger is better.
@@ -322,6 +344,7 @@ class GaussianMixture(Mixture):
         """
         return self._on(X, "score").mean_log_evidence()
 
+    @numpy_defaults
     def bic(self, X: Any) -> float:
         """Bayesian information criterion, -2 log L + p log n (Schwarz 1978): smaller is better.
 
@@ -337,6 +360,7 @@ class GaussianMixture(Mixture):
         log_likelihood, n = self._log_likelihood(X)
         return -2 * log_likelihood + self._n_parameters() * math.log(n)
 
+    @numpy_defaults
     def aic(self, X: Any) -> float:
         """Akaike information criterion, -2 log L + 2 p (Akaike 1974): smaller is better.
 
@@ -352,6 +376,7 @@ class GaussianMixture(Mixture):
         log_likelihood, _ = self._log_likelihood(X)
         return -2 * log_likelihood + 2 * self._n_parameters()
 
+    @numpy_defaults
     def sample(self, n_samples: int = 1) -> tuple[Array, Array]:
         """Draw rows from the fitted mixture.
 
@@ -380,18 +405,14 @@ class GaussianMixture(Mixture):
             raise TypeError(f"n_samples must be an integer, got {n_samples!r}")
         if n_samples < 1:
             raise ValueError(f"Invalid value for 'n_samples': {n_samples} . The sampling requires at least one sample.")
-        drawing = _interop.to_sklearn(self, {"covariance_type": self.covariance_type}, {})
-        weights = drawing.weights_.astype(np.float64)
-        # Rounded to float32 they may add up to more than NumPy takes; else they are to draw what they always draw.
-        drawing.weights_ = weights if abs(weights.sum() - 1) < 1e-12 else weights / weights.sum()
-        drawing.random_state = random_generator(self.random_state)
-        rows, labels = drawing.sample(int(n_samples))
+        rows, labels = self._draw(int(n_samples))
         xp = array_namespace(self.means_)
         return (
             asarray_like(rows, self.means_, working_dtype(self.means_)),
             asarray_like(labels, self.means_, xp.int64),
         )
 
+    @numpy_defaults
     def to_sklearn(self) -> Any:
         """The same mixture as a `sklearn.mixture.GaussianMixture`, for tools that ask for that class.
 
@@ -413,9 +434,12 @@ class GaussianMixture(Mixture):
         >>> type(converted).__module__.partition(".")[0], converted.n_iter_ == mixture.n_iter_
         ('sklearn', True)
         """
+        check_is_fitted(self, "means_")
+        self._check_unchanged("to_sklearn")
         return _interop.to_sklearn(self, self.get_params(deep=False), _interop.attributes(self))
 
     @classmethod
+    @numpy_defaults
     def from_sklearn(cls, mixture: Any) -> Self:
         """The mixture that a `sklearn.mixture.GaussianMixture` was fitted to.
 
@@ -483,18 +507,6 @@ class GaussianMixture(Mixture):
             found = replace(found, means=seeds)
         return replace(found, **given)
 
-    def _fitted(self, rows: Described, covariance: Covariance) -> Parameters:
-        """The fitted parameters, for rows that they have to fit."""
-        k, d = self.n_components, rows.shape[1]
-        if tuple(self.means_.shape) != (k, d):
-            raise ValueError(
-                f"warm_start goes on from means of shape {tuple(self.means_.shape)}, but n_components={k} and the data "
-                f"has {d} features; set warm_start=False to start anew"
-            )
-        if tuple(self.covariances_.shape) != covariance.shape(k, d):
-            raise ValueError(f"warm_start can not go on with covariance_type={covariance.name!r}; set it to False")
-        return self._parameters.moved(rows.like, rows.dtype)
-
     def _check_parameters(self) -> None:
         if not get_config()["skip_parameter_validation"]:
             self._validate_params()
@@ -519,8 +531,7 @@ class GaussianMixture(Mixture):
         """The rows to fit to; with a group, those of all its processes."""
         if group is None:
             return validate_rows(self, X, reset=True, min_rows=2, sample_weight=sample_weight)
-        validate = partial(validate_rows, self, X, reset=True, min_rows=0, sample_weight=sample_weight)
-        return Share.of(group.all_or_none(validate), group)
+        return Share.of(validate_rows(self, X, reset=True, min_rows=0, sample_weight=sample_weight), group)
 
     def _best(
         self,
@@ -533,24 +544,31 @@ class GaussianMixture(Mixture):
         first, before = (0, None) if state is None else (state.start, state.best)
         if state is not None and state.random_state is not None:
             random_state = state.random_state
-        best = before
+        best, failures = before, []
         for i in range(first, self.n_init):
             noted = partial(_state, i, best, random_state)
-            found = run_from(i, partial(start, random_state), state=state, noted=noted)
-            best, state = found if best is None else best_of([best, found]), None
+            try:
+                found = run_from(i, partial(start, random_state), state=state, noted=noted)
+                best = found if best is None else best_of([best, found])
+            except (SingularCovarianceError, DivergedError) as error:
+                failures.append(error)
+            state = None
+        if failures and best is None:
+            raise failures[0]
+        if failures:
+            warn_user(
+                f"{len(failures)} of {self.n_init} starts failed, and the best of the others is kept; "
+                f"the first failure: {failures[0]}",
+                ConvergenceWarning,
+            )
         if best is not None and best is before:
             # It was done with another tolerance, or with fewer iterations.
-            bounds = best.lower_bounds
-            best = replace(best, converged=is_converged(bounds, self.tol))
-            if not best.converged and len(bounds) < self.max_iter:
+            best = replace(best, converged=is_converged(best.lower_bounds, self.tol))
+            if not best.converged and len(best.lower_bounds) < self.max_iter:
                 state = State(best, "")
         if state is not None:
-            best = run_from(
-                self.n_init,
-                partial(start, random_state),
-                state=state,
-                noted=partial(_state, self.n_init, None, random_state),
-            )
+            noted = partial(_state, self.n_init, None, random_state)
+            best = run_from(self.n_init, partial(start, random_state), state=state, noted=noted)
         return cast(EMResult, best)
 
     def _run(
@@ -583,12 +601,13 @@ class GaussianMixture(Mixture):
 
     def _set_parameters(self, parameters: Parameters, rows: Described) -> None:
         super()._set_parameters(parameters, rows)
-        precisions = COVARIANCES[self.covariance_type].square(parameters.precision_cholesky)
-        self.precisions_ = asarray_like(precisions, rows.like, floating_dtype(rows.like))
+        precisions = self._covariance.square(parameters.precision_cholesky)
+        # Rounding loses of precisions what it loses of covariances.
+        self.precisions_ = asarray_like(precisions, rows.like, self.covariances_.dtype)
 
     def _n_parameters(self) -> int:
         k, d = self.means_.shape
-        return k - 1 + k * d + COVARIANCES[self.covariance_type].n_parameters(k, d)
+        return k - 1 + k * d + self._covariance.n_parameters(k, d)
 
     def _log_likelihood(self, X: Any) -> tuple[float, int]:
         """Log-likelihood of all rows, and their number."""

@@ -7,23 +7,35 @@ mathematics is that of the rest of the library.
 import copy
 import io
 import json
+import math
 import os
+import pickletools
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from gaussmix import _array_api
 from gaussmix._arrays import floating_dtype
 from gaussmix._covariance import COVARIANCES
-from gaussmix._files import UNREADABLE, damaged, make_folder, read_json, replace
+from gaussmix._files import (
+    SAVE_AGAIN,
+    UNREADABLE,
+    as_path,
+    damaged,
+    make_folder,
+    read_arrays,
+    read_json,
+    replace,
+    with_arrays,
+)
 from gaussmix._gpu import as_tensor
 from gaussmix._parameters import Parameters, singular_covariance
-from gaussmix._validation import check_covariance_type, check_integer
+from gaussmix._validation import check_covariance_type, check_integer, check_mixture, validate_array
 
 __all__ = [
     "CovarianceType",
@@ -42,6 +54,18 @@ __all__ = [
 CONFIG, PARAMETERS, PROGRAM = "config.json", "parameters.safetensors", "model.pt2"
 # PyCave's and torchgmm's name; read, never written.
 OLD_PARAMETERS = "parameters.pt"
+# What the pickle in it may name: that of a dict of dense tensors names nothing else.
+OLD_NAMES = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    *(f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16")),
+}
+NAMING = {"GLOBAL", "INST", "STACK_GLOBAL"}  # pickle's operations that do
+# Bytes of it beside those of the tensors: names, and zeros that align them.
+OLD_OVERHEAD = 2**16
+
+# What a config or buffers of another kind raise.
+INVALID = (TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 CovarianceType: TypeAlias = Literal["full", "tied", "diag", "spherical"]
 
@@ -222,7 +246,7 @@ class _Model(nn.Module):
     def __init__(self, config: Any, **buffers: Tensor) -> None:
         super().__init__()
         self.config = config
-        expected = self._shapes()
+        expected = self._shapes(config)
         found = {name: tuple(buffer.shape) for name, buffer in buffers.items()}
         if buffers and found != expected:
             raise ValueError(f"the parameters have the shapes {found}; {config} takes {expected}")
@@ -231,8 +255,13 @@ class _Model(nn.Module):
         if not buffers:
             self.reset_parameters()
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
+    @staticmethod
+    def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
         """Shapes of the buffers by name; raises for a config that can not be."""
+        raise NotImplementedError
+
+    def _check_buffers(self) -> None:
+        """Raise ValueError for values that no model has."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
@@ -257,16 +286,21 @@ class _Model(nn.Module):
         ------
         NotADirectoryError
             If `path` is a file.
+        ValueError
+            If a buffer holds values that `load` would refuse: NaN, weights or factors that are none.
         """
-        config = json.dumps(asdict(self.config), indent=2)
+        self._check_buffers()
+        config = asdict(self.config)
         # Copies: safetensors takes contiguous tensors that share no memory.
-        buffers = {name: b.detach().clone(memory_format=torch.contiguous_format) for name, b in self.named_buffers()}
+        buffers = {
+            name: b.detach().cpu().clone(memory_format=torch.contiguous_format) for name, b in self.named_buffers()
+        }
         program = self._program() if compile_model else None
         folder = make_folder(path)
         # One of other parameters would be a trap.
         (folder / PROGRAM).unlink(missing_ok=True)
-        replace(folder / PARAMETERS, serialize(buffers, {"config": config}))
-        replace(folder / CONFIG, config.encode())
+        replace(folder / PARAMETERS, with_arrays(buffers, config, serialize))
+        replace(folder / CONFIG, json.dumps(config, indent=2).encode())
         if program is not None:
             replace(folder / PROGRAM, program)
 
@@ -291,20 +325,35 @@ class _Model(nn.Module):
         ValueError
             If a file is damaged or belongs to another model.
         """
-        folder = Path(path)
-        if (folder / PARAMETERS).is_file():
-            config, buffers = _read_parameters(folder / PARAMETERS)
+        folder = as_path(path)
+        buffers: dict[str, Tensor] | None = None
+        if os.path.lexists(folder / PARAMETERS):
+            buffers, config = read_arrays(folder / PARAMETERS, framework="pt")
         elif (folder / CONFIG).is_file() and (folder / OLD_PARAMETERS).is_file():
-            config, buffers = read_json(folder / CONFIG), _read_old_parameters(folder / OLD_PARAMETERS)
+            config = read_json(folder / CONFIG)
         else:
             raise FileNotFoundError(
                 f"{folder} holds no saved model: neither {PARAMETERS} nor {CONFIG} with {OLD_PARAMETERS} is there; "
                 "pass the directory that a model was saved to"
             )
         try:
-            return cls(cls.config_class(**config), **buffers)
-        except (TypeError, ValueError, AttributeError) as error:
+            config = cls.config_class(**config)
+            shapes = cls._shapes(config)
+        except INVALID as error:
             raise damaged(folder, f"it holds no {cls.__name__} ({error})") from error
+        if buffers is None:
+            buffers = _read_old_parameters(folder / OLD_PARAMETERS, sum(map(math.prod, shapes.values())))
+        try:
+            if missing := sorted(shapes.keys() - buffers.keys()):
+                raise ValueError(f"{missing} are not there")
+            if other := sorted(name for name, buffer in buffers.items() if not buffer.is_floating_point()):
+                raise ValueError(f"{other} are no floating-point numbers")
+            model = cls(config, **buffers)
+            model._check_buffers()
+        except INVALID as error:
+            remedy = f"{SAVE_AGAIN}, or fit again where the fit had failed"
+            raise damaged(folder, f"it holds no {cls.__name__} ({error})", remedy) from error
+        return model
 
     def clone(self, copy_parameters: bool = True) -> Self:
         """Another model with this one's config, dtype and device.
@@ -405,12 +454,17 @@ class GaussianMixtureModel(_Model):
     means: Tensor
     precisions_cholesky: Tensor
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        k, d = self.config.num_components, self.config.num_features
+    @staticmethod
+    def _shapes(config: GaussianMixtureModelConfig) -> dict[str, tuple[int, ...]]:
+        k, d = config.num_components, config.num_features
         check_integer("num_components", k, 1)
         check_integer("num_features", d, 1)
-        factors = check_covariance_type(self.config.covariance_type).shape(k, d)
+        factors = check_covariance_type(config.covariance_type).shape(k, d)
         return {"component_probs": (k,), "means": (k, d), "precisions_cholesky": factors}
+
+    def _check_buffers(self) -> None:
+        of_type = COVARIANCES[self.config.covariance_type]
+        check_mixture(self.component_probs, self.means, self.precisions_cholesky, of_type)
 
     @classmethod
     def of(cls, weights: Any, means: Any, precisions_cholesky: Any, covariance_type: str) -> Self:
@@ -587,10 +641,14 @@ class KMeansModel(_Model):
     config: KMeansModelConfig
     centroids: Tensor
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        check_integer("num_clusters", self.config.num_clusters, 1)
-        check_integer("num_features", self.config.num_features, 1)
-        return {"centroids": (self.config.num_clusters, self.config.num_features)}
+    @staticmethod
+    def _shapes(config: KMeansModelConfig) -> dict[str, tuple[int, ...]]:
+        check_integer("num_clusters", config.num_clusters, 1)
+        check_integer("num_features", config.num_features, 1)
+        return {"centroids": (config.num_clusters, config.num_features)}
+
+    def _check_buffers(self) -> None:
+        validate_array("centroids", self.centroids, tuple(self.centroids.shape))
 
     @classmethod
     def of(cls, centroids: Any) -> Self:
@@ -660,18 +718,34 @@ def _shape_of(name: str, tensor: Tensor) -> tuple[int, int]:
     return rows, columns
 
 
-def _read_parameters(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    """The config and the buffers: the file is whole on its own, so that its renaming is when a save happens."""
+def _read_old_parameters(path: Path, numel: int) -> Any:
+    """The tensors of PyCave or torchgmm, which have so many numbers."""
+    size, limit = path.stat().st_size, 8 * numel + OLD_OVERHEAD
+    if size > limit:
+        raise damaged(path, f"it has {size} bytes, and its tensors take {limit} at most")
+    content = path.read_bytes()
     try:
-        with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {}).get("config", "null"))
-            return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, ValueError) as error:
+        _check_archive(content)
+        buffers = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (*UNREADABLE, zipfile.BadZipFile) as error:
         raise damaged(path, error) from error
+    for name, tensor in buffers.items() if isinstance(buffers, dict) else ():
+        # Strides of zero would let a few bytes stand for any number of elements.
+        if not isinstance(tensor, Tensor) or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise damaged(path, f"{name} is no dense tensor")
+    return buffers
 
 
-def _read_old_parameters(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        raise damaged(path, error) from error
+def _check_archive(content: bytes) -> None:
+    """Raise unless the archive unpacks to no more than it is, and names nothing but tensors."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = archive.infolist()
+        # torch compresses nothing; and entries could share their bytes.
+        declared = sum(entry.file_size for entry in entries)
+        if declared > len(content) or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError(f"it is compressed: it unpacks to {declared} bytes")
+        pickles = [archive.read(entry) for entry in entries if entry.filename.endswith("data.pkl")]
+    for pickled in pickles:
+        for operation, argument, _ in pickletools.genops(pickled):
+            if operation.name in NAMING and argument not in OLD_NAMES:
+                raise ValueError(f"it names {argument}, which no dense tensor of floating-point numbers does")

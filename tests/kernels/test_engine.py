@@ -106,7 +106,7 @@ def test_inference_and_statistics_equal_the_array_api(covariance, dtype, weighte
     for name in ("weights", "means", "covariances"):
         assert_close(to_numpy(getattr(new, name)), getattr(reference, name), tolerance, name)
     start, reference = (
-        maximize(each.assign(means), means, covariance, 0.1)
+        maximize(each.assign(means, means), means, covariance, 0.1)
         for each, means in ((found, there.means), (exact, parameters.means))
     )
     for name in ("weights", "means", "covariances", "precision_cholesky"):
