@@ -667,15 +667,13 @@ class Ranks:
 
 def test_in_a_group_the_first_process_alone_touches_the_file(tmp_path):
     (tmp_path / "theirs").write_text("a letter")
-    # That the others hear of its error is tested with the group.
-    with (
-        pytest.raises(ValueError, match="theirs"),
-        opened(tmp_path / "theirs", 1, {}, resume=True, group=Ranks(0)),
-    ):
-        pass
-    with opened(tmp_path / "theirs", 1, {}, resume=True, group=Ranks(1)) as (_, state):
+    with opened(tmp_path / "theirs", 1, {}, resume=True, group=Ranks(1)) as (checkpoint, state):
         assert state is None
+        checkpoint.save(None)
         assert os.listdir(tmp_path) == ["theirs"]
+    with pytest.raises(ValueError, match="theirs"), opened(tmp_path / "theirs", 1, {}, resume=True, group=Ranks(0)):
+        pass
+    assert os.listdir(tmp_path) == ["theirs"]
 
 
 # Files that somebody made
@@ -714,7 +712,7 @@ CRAFTED = {
     "a position beyond the end": random_numbers("MT19937", 10**6, 0, 0.0),
     "a position before the beginning": random_numbers("MT19937", -1, 0, 0.0),
     "a position that is no integer": random_numbers("MT19937", 1.5, 0, 0.0),
-    "a huge position": random_numbers("MT19937", 10**18, 0, 0.0),
+    "a huge position": random_numbers("MT19937", 2**63, 0, 0.0),
     "another generator": random_numbers("PCG64", 0, 0, 0.0),
     "a number that may be there": random_numbers("MT19937", 0, 7, 0.0),
     "a number that is none": random_numbers("MT19937", 0, 1, float("nan")),
@@ -723,7 +721,7 @@ CRAFTED = {
     "long keys": array("random_state", lambda keys: keys.astype(np.uint64)),
     "no keys": lambda metadata, arrays: arrays.pop("random_state"),
     "a start before the first": setting("start", -1),
-    "a start after the last": setting("start", 10**18),
+    "a start after the last": setting("start", 2**63),
     "a start that is no integer": setting("start", 1.0),
     "a start that is true": setting("start", True),
     "no start": lambda metadata, arrays: metadata.pop("start"),
@@ -731,7 +729,7 @@ CRAFTED = {
     "a form that is no word": setting("form", ["centred-float64"]),
     "bounds that are infinite": setting("reached", [-3.0, float("inf")]),
     "bounds that are words": setting("reached", ["-3.0"]),
-    "bounds that are integers": setting("reached", [-3, 10**18]),
+    "bounds that are huge": setting("reached", [-3.0, 2**63]),
     "bounds that are no list": setting("best", {"lower_bounds": []}),
     "no bounds": lambda metadata, arrays: metadata.pop("reached"),
     "weights": array("reached.weights", first_to(-0.1)),

@@ -11,7 +11,6 @@ import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +20,7 @@ from gaussmix._covariance import COVARIANCES
 from gaussmix._distributed import Group
 from gaussmix._em import Callback, EMResult, is_converged, return_to, run_em
 from gaussmix._engine import Fitting
-from gaussmix._files import damaged, locked, read_arrays, replace, with_arrays
+from gaussmix._files import as_path, damaged, locked, read_arrays, replace, with_arrays
 from gaussmix._parameters import Parameters
 from gaussmix._validation import check_integer
 
@@ -51,16 +50,16 @@ class State:
 class Checkpoint:
     """A file in which a fit notes where it stands, every so many iterations.
 
-    `identity` says what the fit is of: a file of another fit is refused. In a group, the first process reads and
-    writes, and what it fails with is raised in all of them.
+    `identity` says what the fit is of: a file of another fit is refused. In a group, the first process alone reads and
+    writes.
     """
 
     def __init__(
-        self, path: str | bytes | os.PathLike[Any], every: int, identity: dict[str, Any], group: Group | None = None
+        self, path: str | bytes | os.PathLike[str], every: int, identity: dict[str, Any], group: Group | None = None
     ) -> None:
         check_integer("checkpoint_every", every, 1)
         try:
-            self.path = Path(os.fsdecode(path))
+            self.path = as_path(path)
         except TypeError as error:
             raise TypeError(f"checkpoint must be the path of a file, got {path!r}") from error
         if "\0" in str(self.path):
@@ -163,7 +162,7 @@ def _arrays(prefix: str, result: EMResult) -> dict[str, Any]:
 def _state(arrays: dict[str, Any], metadata: dict[str, Any]) -> State:
     start, n_starts = metadata["start"], metadata["identity"].get("n_init", 1)
     _require(type(start) is int and 0 <= start <= n_starts, "the number of starts that are done")
-    _require("best" not in metadata or start > 0, "the best start")
+    _require("best" not in metadata or 0 < start < n_starts, "the best start")
     _require(FORMS.fullmatch(metadata["form"]) is not None, "the form of the E-step")
     best = _result("best", arrays, metadata) if "best" in metadata else None
     random_state = _generator(arrays, metadata["random_state"]) if "random_state" in metadata else None
@@ -207,7 +206,7 @@ def _require(is_so: Any, what: str) -> None:
 
 @contextmanager
 def opened(
-    path: str | bytes | os.PathLike[Any] | None,
+    path: str | bytes | os.PathLike[str] | None,
     every: int,
     identity: dict[str, Any],
     *,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 from array_api_compat import is_dask_array
@@ -563,17 +563,12 @@ class GaussianMixture(Mixture):
             )
         if best is not None and best is before:
             # It was done with another tolerance, or with fewer iterations.
-            bounds = best.lower_bounds
-            best = replace(best, converged=is_converged(bounds, self.tol))
-            if not best.converged and len(bounds) < self.max_iter:
+            best = replace(best, converged=is_converged(best.lower_bounds, self.tol))
+            if not best.converged and len(best.lower_bounds) < self.max_iter:
                 state = State(best, "")
         if state is not None:
-            best = run_from(
-                self.n_init,
-                partial(start, random_state),
-                state=state,
-                noted=partial(_state, self.n_init, None, random_state),
-            )
+            noted = partial(_state, self.n_init, None, random_state)
+            best = run_from(self.n_init, partial(start, random_state), state=state, noted=noted)
         assert best is not None
         return best
 
