@@ -130,6 +130,27 @@ class TestFitted:
             assert_close(mixture.score_samples(data), -evidence, LOG_PROB_TOLERANCE[dtype], "score_samples")
         assert mixture.sample(4).shape == (4, D)
 
+    @pytest.mark.parametrize("name", ["full", "tied"])
+    def test_covariances_that_float32_has_no_room_for(self, tmp_path, layout, name):
+        write_mixture(tmp_path, name, layout=layout)
+        # A spread of 1e4 that all features share, and one of 1 of their own.
+        lower = np.linalg.cholesky(1e8 + np.eye(D))
+        factor = np.broadcast_to(np.linalg.inv(lower).T, COVARIANCES[name].shape(K, D))
+        state = mixture_state(name)[1] | {
+            "means": torch.zeros(K, D),
+            "precisions_cholesky": torch.tensor(factor.astype(np.float32)),
+        }
+        for file in tmp_path.rglob("parameters.pt"):
+            torch.save(state, file)
+        mixture = GaussianMixture.load(tmp_path, allow_pickle=True)
+        x = torch.zeros(1, D)
+        again = GaussianMixture.from_parameters(
+            mixture.weights_, mixture.means_, mixture.covariances_, covariance_type=name
+        )
+        assert abs(again.score(x) - mixture.score(x)) < 1e-2
+        rows = mixture.set_params(random_state=0).sample(4000).double().numpy()
+        assert abs(np.std(rows[:, 0] - rows[:, 1]) / 2**0.5 - 1) < 0.05
+
     def test_a_clustering(self, tmp_path, layout):
         clustering = KMeans.load(write_clustering(tmp_path, layout), allow_pickle=True)
         assert (clustering.converged_, clustering.num_iter_, clustering.inertia_) == (False, 300, 0.5)

@@ -10,7 +10,7 @@ import pickle
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from gaussmix._files import UNREADABLE, damaged, read_json
 from gaussmix._validation import REPORTS
@@ -24,8 +24,6 @@ CLASSES = {"num_components": "GaussianMixture", "num_clusters": "KMeans"}
 ADDED = {"logger": False, "log_every_n_steps": 1, "enable_checkpointing": False, "enable_model_summary": False}
 SCALARS = ("converged_", "num_iter_", "nll_", "inertia_")
 
-E = TypeVar("E")
-
 
 def is_one(folder: Path) -> bool:
     """Whether PyCave or torchgmm wrote this directory."""
@@ -38,7 +36,7 @@ def is_one(folder: Path) -> bool:
     return isinstance(params, dict) and not params.keys().isdisjoint(CLASSES)
 
 
-def load(cls: type[E], folder: Path, allow_pickle: bool) -> E:
+def load(cls: type[Any], folder: Path, allow_pickle: bool) -> Any:
     """Read an estimator of this class; its arrays are torch tensors on the CPU."""
     params = _params(cls, folder, allow_pickle)
     try:
@@ -48,6 +46,8 @@ def load(cls: type[E], folder: Path, allow_pickle: bool) -> E:
     model = _model_folder(folder)
     if model is not None:
         vars(estimator).update(_fitted(model, params) | _attributes(folder, allow_pickle))
+        if "num_components" in params:
+            estimator.covariances_ = estimator.covariances_  # derived from the factor, and from now on kept
     elif there := [name for name in (ATTRIBUTES, PICKLED_ATTRIBUTES) if (folder / name).is_file()]:
         raise damaged(folder, f"{there[0]} is there, but no model")
     return estimator
@@ -96,18 +96,16 @@ def _fitted(folder: Path, params: dict[str, Any]) -> dict[str, Any]:
     try:
         import torch
 
-        from gaussmix.torch import GaussianMixtureModel, KMeansModel, covariance
+        from gaussmix.torch import GaussianMixtureModel, KMeansModel
     except ImportError as error:
         raise ImportError(f"{folder} holds torch tensors; run pip install gaussmix[torch] to read them") from error
     model: Any
     if "num_components" in params:
         model = GaussianMixtureModel.load(folder)
-        factors = model.precisions_cholesky
         arrays = {
             "weights_": model.component_probs,
             "means_": model.means,
-            "covariances_": covariance(factors.double(), model.config.covariance_type).to(factors.dtype),
-            "precisions_cholesky_": factors,
+            "precisions_cholesky_": model.precisions_cholesky,
         }
     else:
         model = KMeansModel.load(folder)
