@@ -782,8 +782,8 @@ def test_a_fit_writes_over_nothing_but_a_checkpoint(tmp_path, cls, resume):
     (tmp_path / "new").symlink_to(tmp_path / "nothing")
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     cases = {
-        "model.safetensors": "model.safetensors is no checkpoint of this version of gaussmix; remove it",
-        "theirs": "theirs is no checkpoint of this version of gaussmix; remove it",
+        "model.safetensors": "model.safetensors is no checkpoint; remove it",
+        "theirs": "theirs is no checkpoint; remove it",
         "letter": "letter is damaged: .*; remove it to start anew",
         "link": "checkpoint=.*link' is a link, which would be replaced; pass the path that it leads to",
         "new": "checkpoint=.*new' is a link",
@@ -845,7 +845,7 @@ def test_files_of_others(saved, tmp_path):
     save_file({"means": X}, tmp_path / "theirs")
     for other in ("model/model.safetensors", "theirs"):
         path.write_bytes((tmp_path / other).read_bytes())
-        with pytest.raises(ValueError, match=f"is no checkpoint of this version.*{REMOVE.partition('.*')[2]}"):
+        with pytest.raises(ValueError, match=f"is no checkpoint.*{REMOVE.partition('.*')[2]}"):
             resume()
     path.write_text("weights: 1, 2, 3")
     with pytest.raises(ValueError, match=REMOVE):

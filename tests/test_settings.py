@@ -51,20 +51,30 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("index", range(3))
-@pytest.mark.parametrize("mode", ["raise", "call"])
-def test_numpy_is_told_to_report_errors(index, mode, covariance, dtype, implementation, unconverged, monkeypatch):
-    monkeypatch.setattr(_numpy, "SLAB_FLOPS", 10**4)  # in threads as well, which do not have the caller's settings
-    estimator, x = estimators(covariance)[index], X.astype(dtype)
+def assert_unreported(estimator, x):
+    """NumPy tells the caller nothing of what is computed here, and raises nothing."""
     expected = results(estimator, x)
     seen = []
     before = np.geterr(), np.geterrcall()
-    with np.errstate(all=mode, call=lambda *what: seen.append(what)):
+    with np.errstate(all="call", call=lambda *what: seen.append(what)):
         found = results(estimator, x)
-        assert set(np.geterr().values()) == {mode}
+        assert set(np.geterr().values()) == {"call"}
     assert before == (np.geterr(), np.geterrcall())
     assert seen == []
+    with np.errstate(all="raise"):
+        clone(estimator).fit_predict(x)
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("index", range(2))
+def test_numpy_is_told_to_report_errors(index, covariance, dtype, implementation, unconverged, monkeypatch):
+    monkeypatch.setattr(_numpy, "SLAB_FLOPS", 10**4)  # in threads as well, which do not have the caller's settings
+    assert_unreported(estimators(covariance)[index], X.astype(dtype))
+
+
+def test_numpy_is_told_to_report_errors_of_kmeans(dtype, implementation, monkeypatch):
+    monkeypatch.setattr(_numpy, "SLAB_FLOPS", 10**4)
+    assert_unreported(KMeans(3, random_state=0), X.astype(dtype))
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -343,6 +343,11 @@ NO_NUMBERS = {
         TypeError,
         r"structured dtype, of fields \('a', 'b'\); .*structured_to_unstructured",
     ),
+    "masked fields": (
+        lambda: np.ma.array([tuple(row) for row in X], dtype=[("a", float), ("b", float)]),
+        TypeError,
+        r"structured dtype, of fields \('a', 'b'\); .*structured_to_unstructured",
+    ),
     "text": (lambda: X.astype(str)[:, :1].repeat(2, 1) + "m", ValueError, "could not convert string .*; encode text"),
     "objects": (lambda: np.array([["a", 1.0]] * 30, dtype=object), ValueError, "could not convert string .*; encode"),
     "strings": (lambda: [["a", "b"], ["c", "d"]], ValueError, "could not convert string .*; encode text"),

@@ -24,7 +24,8 @@ from gaussmix._files import as_path, damaged, locked, read_arrays, replace, with
 from gaussmix._parameters import Parameters
 from gaussmix._validation import check_integer
 
-FORMAT = 1
+# 1 did not say which rows and settings it was of.
+FORMAT = 2
 PARAMETERS = ("weights", "means", "covariances", "precision_cholesky")
 # What `_dispatch`'s implementations call the forms of their E-steps.
 FORMS = re.compile(r"(centred|expanded)-float(16x3|32|64)")
@@ -119,9 +120,8 @@ class Checkpoint:
         if not self.path.exists():
             return None
         arrays, metadata = read_arrays(self.path, REMOVE_IT)
-        is_one = isinstance(metadata, dict) and isinstance(metadata.get("identity"), dict)
-        if not is_one or metadata.get("format") != FORMAT:
-            raise ValueError(f"{self.path} is no checkpoint of this version of gaussmix; {REMOVE_IT}")
+        if not isinstance(metadata, dict) or not isinstance(metadata.get("identity"), dict):
+            raise ValueError(f"{self.path} is no checkpoint; {REMOVE_IT}")
         return arrays, metadata
 
     def load(self) -> State | None:
@@ -130,6 +130,8 @@ class Checkpoint:
         if found is None:
             return None
         arrays, metadata = found
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{self.path} is no checkpoint of this version of gaussmix; {REMOVE_IT}")
         there = metadata["identity"]
         differing = [
             f"{name} is {reprlib.repr(there.get(name))} there and {reprlib.repr(value)} here" if name != DATA else DATA

@@ -115,7 +115,8 @@ def whole_or_not_at_all(method: Method) -> Method:
 def numpy_defaults(method: Method) -> Method:
     """The method, whose arithmetic NumPy reports on as it does by default, whatever the caller's `numpy.seterr` says.
 
-    Responsibilities underflow in every fit; what overflows is computed again in a form with more room.
+    Responsibilities underflow in every fit; what overflows is computed again in a form with more room. Callbacks, and
+    what gives blocks of rows, have the defaults as well.
     """
 
     @wraps(method)

@@ -56,7 +56,7 @@ def replace(path: Path, content: bytes) -> None:
     # which the kernel applies: to ask for the mask is to lift it, for all threads.
     kept = stat.S_IMODE(path.stat().st_mode) & 0o777 if path.exists() else None
     prefix, suffix = f".{path.name}.", ".aside"
-    aside = path.with_name(prefix + os.urandom(4).hex() + suffix)
+    aside = path.with_name(f"{prefix}{os.urandom(4).hex()}{suffix}")
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
     descriptor = os.open(aside, flags, 0o666 if kept is None else kept)
     try:

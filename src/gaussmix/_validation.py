@@ -289,19 +289,23 @@ def dense(name: str, value: Any) -> Any:
             value = (np.ma.array if is_masked else np.asarray)(value)
     if is_torch_array(value):
         return _dense_tensor(name, value)
-    if isinstance(value, np.ma.MaskedArray):
-        if np.ma.is_masked(value):
-            raise ValueError(
-                f"{name} has {np.sum(value.mask)} masked values; leave such rows out, as "
-                "numpy.ma.compress_rows does, or put values there with .filled(value)"
-            )
-        value = plain(value)
     kind = type(value)
     if kind.__module__.startswith("polars") and hasattr(value, "collect"):
         raise TypeError(f"{name} is a polars {kind.__name__}, which is not computed yet; pass its .collect()")
     is_pydata = is_pydata_sparse_array(value)
     if is_pydata or issparse(value) or kind.__module__.startswith("cupyx.scipy.sparse"):
         raise _sparse(name, value, ".todense()" if is_pydata else ".toarray()", value.dtype.itemsize)
+    _check_dtypes(name, value)
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise ValueError(
+            f"{name} has {np.sum(value.mask)} masked values; leave such rows out, as numpy.ma.compress_rows does, or "
+            "put values there with .filled(value)"
+        )
+    return plain(value)
+
+
+def _check_dtypes(name: str, value: Any) -> None:
+    """Raise TypeError for an array, or columns of a data frame, of what can be taken for numbers and is none."""
     has_columns = hasattr(value, "columns")
     dtypes: list[Any] = list(getattr(value, "dtypes", ())) if has_columns else [getattr(value, "dtype", None)]
     for number, dtype in enumerate(dtypes):
@@ -319,7 +323,6 @@ def dense(name: str, value: Any) -> Any:
             )
     if has_columns and dtypes and all(str(dtype).startswith("Sparse") for dtype in dtypes):
         raise _sparse(name, value, ".sparse.to_dense()", 8)
-    return value
 
 
 def _has_rows(value: Any) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from array_api_compat import is_dask_array
@@ -569,7 +569,8 @@ class GaussianMixture(Mixture):
         if state is not None:
             noted = partial(_state, self.n_init, None, random_state)
             best = run_from(self.n_init, partial(start, random_state), state=state, noted=noted)
-        return cast(EMResult, best)
+        assert best is not None
+        return best
 
     def _run(
         self,
