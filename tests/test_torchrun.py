@@ -179,6 +179,12 @@ def test_a_job_that_is_restarted_goes_on(tmp_path):
     assert first["first"] == second["first"] == 5
     expected = torchrun_fits.outcome(torchrun_killed.mixture(), torchrun_fits.X, None)
     assert_same_outcome(first["found"], expected, 1e-9)
+    # A process alone finds the fit of the same rows finished.
+    seen = []
+    resumed = dict(checkpoint=tmp_path / "fit", resume=True, callback=lambda *state: seen.append(state))
+    found = torchrun_fits.outcome(torchrun_killed.mixture(), torchrun_fits.X, None, **resumed)
+    assert_same_outcome(found, expected, 1e-9)
+    assert not seen
 
 
 def test_the_example(tmp_path):
