@@ -745,9 +745,9 @@ class Mixture(DensityMixin, Persistent):
 
     def _draw(self, n: int) -> tuple[Array, Array]:
         """N rows drawn from the mixture, grouped by component, and their components, on the host: (n, d), (n,)."""
-        covariance = self._covariance
+        covariance, parameters = self._covariance, self._parameters
         drawing = _interop.to_sklearn(self, {"covariance_type": covariance.name}, {})
-        drawing.covariances_ = to_numpy(_with_covariances_that_hold(self._parameters, covariance).covariances)
+        drawing.covariances_ = to_numpy(_with_covariances_that_hold(parameters, covariance).covariances)
         weights = drawing.weights_.astype(np.float64)
         # Rounded to float32 they may add up to more than NumPy takes; else they are to draw what they always draw.
         drawing.weights_ = weights if abs(weights.sum() - 1) < 1e-12 else weights / weights.sum()

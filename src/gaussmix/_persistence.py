@@ -170,7 +170,10 @@ def _write_statement(folder: Path, params: dict[str, Any], *, fitted: bool) -> N
 
 def _model(estimator: Any, params: dict[str, Any]) -> bytes:
     """What `model.safetensors` holds."""
-    fitted = {name: getattr(estimator, name) for name in estimator.persistent_attributes}
+    names = estimator.persistent_attributes
+    if "means_" in names and "covariances_" not in names:
+        names.append("covariances_")  # derived, where attributes were set by hand
+    fitted = {name: getattr(estimator, name) for name in names}
     arrays = {name: _native(to_numpy(value)) for name, value in fitted.items() if _is_numeric(value)}
     attributes = {name: _encode(name, value) for name, value in fitted.items() if name not in arrays}
     _check_attributes(estimator, arrays | {name: _decode(value, NAMES) for name, value in attributes.items()})
