@@ -301,6 +301,17 @@ def test_float32_fits_go_on_where_they_were(library, name):
     assert abs(given.score(x) - before) < 1e-3
 
 
+@pytest.mark.parametrize("name", ["full", "tied", "diag", "spherical"])
+def test_float32_fits_resume_where_they_were(library, name, tmp_path, unconverged):
+    x = library.asarray(nearly_equal_features())
+    settings = dict(covariance_type=name, tol=0, random_state=0)
+    whole = GaussianMixture(2, max_iter=6, **settings).fit(x)
+    GaussianMixture(2, max_iter=3, **settings).fit(x, checkpoint=tmp_path / "fit")
+    resumed = GaussianMixture(2, max_iter=6, **settings).fit(x, checkpoint=tmp_path / "fit", resume=True)
+    assert resumed.lower_bounds_ == whole.lower_bounds_
+    assert np.array_equal(to_numpy(resumed.precisions_cholesky_), to_numpy(whole.precisions_cholesky_))
+
+
 def test_covariances_keep_the_dtype_of_the_data_where_it_has_room_for_them(library, covariance, dtype):
     mixture = GaussianMixture(3, covariance_type=covariance.name, random_state=0).fit(library.asarray(X, dtype))
     for name in ("covariances_", "precisions_", "precisions_cholesky_", "means_", "weights_"):
