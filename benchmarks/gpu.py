@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -48,8 +49,11 @@ if not MISSING:
     from gaussmix import _array_api, _estimate, _gpu, _trainer
     from gaussmix._covariance import COVARIANCES
     from gaussmix._data import Rows
+    from gaussmix._em import EMResult, run_em
+    from gaussmix._engine import Engine, InMemory
+    from gaussmix._objective import MaximumLikelihood
     from gaussmix._parameters import Parameters
-    from gaussmix_kernels import _centred, _features, _parameters, _prepass
+    from gaussmix_kernels import _centred, _features, _parameters, _prepass, _sizes
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 TYPES = ("spherical", "tied", "diag", "full")
@@ -196,6 +200,12 @@ class Blobs:
         unit = self.identity(covariance_type)
         return kernels.Parameters(weights, self.means - shift, unit, unit.clone())
 
+    def density(self, covariance_type: str, shift: torch.Tensor | float = 0.0) -> kernels.Density:
+        """What an E-step reads of them: log det U is 0."""
+        start, d = self.start(covariance_type, shift), self.means.shape[1]
+        offsets = torch.log(start.weights) - 0.5 * d * math.log(2 * math.pi)
+        return kernels.Density(offsets, start.means, start.precision_cholesky)
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -285,7 +295,7 @@ def check(bench: Bench) -> None:
             blobs = Blobs.of(shape, bench.device, torch.float64 if exact else torch.float32, spread=0.5)
             data = kernels.prepare(blobs.x, exact=exact)
             for covariance_type in TYPES:
-                for kind in kernels.TYPES[covariance_type].kinds(shape[1]):
+                for kind in kernels.kinds(COVARIANCES[covariance_type].quadratic, shape[1]):
                     errors = step_errors(blobs, data, covariance_type, kind)
                     compare(bench, f"{covariance_type}, {kind}, {list(shape)}", exact, errors)
             compare(bench, f"k-means, {list(shape)}", exact, k_means_errors(blobs, data))
@@ -304,13 +314,16 @@ def compare(bench: Bench, path: str, exact: bool, errors: dict[str, float]) -> N
 def step_errors(blobs: Blobs, data: kernels.Data, covariance_type: str, kind: str) -> dict[str, float]:
     """Largest errors of a step and of inference, of parameters relative to their largest."""
     em = kernels.EM(data, covariance_type, kind)
-    start = blobs.start(covariance_type, data.shift)
+    start, density = blobs.start(covariance_type, data.shift), blobs.density(covariance_type, data.shift)
     settings = kernels.Settings.of(data, regularization=REGULARIZATION)
-    progress = em.advance(start, at_most=1, previous=0.0, settings=settings)
+    progress = em.advance(start, density, at_most=1, previous=0.0, settings=settings)
 
-    engine = _array_api.Engine(Rows(blobs.x.double().cpu()), COVARIANCES[covariance_type], REGULARIZATION)
+    covariance = COVARIANCES[covariance_type]
+    objective = MaximumLikelihood(covariance, REGULARIZATION)
+    block = _array_api.Block(Rows(blobs.x.double().cpu()))
+    on_rows = Engine(block.rows, InMemory(block), block, covariance)
     begun = Parameters(*(value.cpu() for value in vars(blobs.start(covariance_type)).values()))
-    expected = engine.advance(begun, at_most=1, previous=0.0, tolerance=0.0)
+    expected = run_em(on_rows, objective, EMResult(begun, [], converged=False), tolerance=0.0, max_iter=1)
     found = {name: value.cpu() for name, value in vars(progress.parameters).items()}
     found["means"] = found["means"] + data.shift.cpu()
     errors = {}
@@ -319,11 +332,12 @@ def step_errors(blobs: Blobs, data: kernels.Data, covariance_type: str, kind: st
         errors[name] = float((value - reference).abs().max() / max(1.0, float(reference.abs().max())))
     bound = progress.bounds[0] if progress.bounds else float("nan")
     errors["bound"] = abs(bound - expected.lower_bounds[0])
-    errors["evidence"] = float((em.log_evidence(start).cpu() - engine.log_evidence(begun)).abs().max())
-    r = engine.responsibilities(begun)
-    errors["responsibilities"] = float((em.responsibilities(start).cpu() - r).abs().max())
+    exact = objective.density(begun)
+    errors["evidence"] = float((em.log_evidence(density).cpu() - block.log_evidence(exact)).abs().max())
+    r = block.responsibilities(exact)
+    errors["responsibilities"] = float((em.responsibilities(density).cpu() - r).abs().max())
     # A label may be any of those that are as good as the best.
-    chosen = torch.take_along_dim(r, em.labels(start).cpu().long()[:, None], dim=1)[:, 0]
+    chosen = torch.take_along_dim(r, em.labels(density).cpu().long()[:, None], dim=1)[:, 0]
     errors["labels"] = float((r.amax(dim=1) - chosen).max())
     return errors
 
@@ -365,7 +379,7 @@ def kernels_alone(bench: Bench) -> None:
         prepass(bench, blobs)
         data = kernels.prepare(blobs.x, exact=False)
         for covariance_type in TYPES:
-            for kind in kernels.TYPES[covariance_type].kinds(shape[1]):
+            for kind in kernels.kinds(COVARIANCES[covariance_type].quadratic, shape[1]):
                 single_kernels(bench, blobs, data, covariance_type, kind)
     for shape in [] if bench.dry else [(100_000, 128, 1024)]:
         blobs = Blobs.of(shape, bench.device)
@@ -393,7 +407,7 @@ def prepass(bench: Bench, blobs: Blobs) -> None:
     x, (n, d, _) = blobs.x, blobs.shape
     shift = x[0].double()
     scale = torch.ones_like(shift)
-    ld = _estimate._multiple(d, 16)
+    ld = _sizes.multiple(d, 16)
     kernel(bench, "measure", (n, d), lambda: _prepass.measure(x, None), 0, 4 * n * d)
     convert = partial(_prepass.convert, x, shift, scale, exact=False)
     kernel(bench, "convert", (n, d), convert, 0, 4 * n * (d + ld + 1))
@@ -404,7 +418,7 @@ def single_kernels(bench: Bench, blobs: Blobs, data: kernels.Data, covariance_ty
     (n, d, k), label = blobs.shape, f"{covariance_type}, {kind}"
     em = kernels.EM(data, covariance_type, kind)
     parameters = blobs.start(covariance_type, data.shift)
-    natural, operands = em._start(parameters)
+    natural, operands = em._start(blobs.density(covariance_type, data.shift))
     settings = kernels.Settings.of(data, regularization=REGULARIZATION)
     if isinstance(em.step, _features.Step):
         work = _estimate._features(n, d, k, False, kind)
@@ -412,7 +426,7 @@ def single_kernels(bench: Bench, blobs: Blobs, data: kernels.Data, covariance_ty
         step = partial(em.step.expect, operands)
         kernel(bench, f"{label}: {name}", blobs.shape, step, work.tensor_flops, work.bytes)
         logits = work.tensor_flops / (2 if em.step.fused(k) else 3)
-        moved = n * (4 * _estimate._multiple(d, 16) + 8 + 4 * (kind == "norm"))
+        moved = n * (4 * _sizes.multiple(d, 16) + 8 + 4 * (kind == "norm"))
         log_prob = partial(em.step.normalize, operands)
         kernel(bench, f"{label}: log_prob, log-sum-exp", blobs.shape, log_prob, logits, moved)
         statistics_ = step()[0]
@@ -451,7 +465,7 @@ def chunk_kernels(
     shape = (rows, d, k)
     work = _estimate._centred(rows, d, k, False)
     one = work.flops / 2
-    ld = _estimate._multiple(d, 16)
+    ld = _sizes.multiple(d, 16)
     logits = step._logits(operands, start, rows, step.never)
     normalizer, labels = step._rooms()
     log_prob = partial(step._logits, operands, start, rows, step.never)
@@ -494,12 +508,12 @@ def iterations(bench: Bench) -> None:
 def ours(blobs: Blobs, covariance_type: str) -> Callable[[int], Any]:
     """EM by the kernels, for a number of iterations."""
     data = kernels.prepare(blobs.x, exact=False)
-    em = kernels.EM(data, covariance_type, kernels.TYPES[covariance_type].kinds(data.shape[1])[0])
-    start = blobs.start(covariance_type, data.shift)
+    em = kernels.EM(data, covariance_type, kernels.kinds(COVARIANCES[covariance_type].quadratic, data.shape[1])[0])
+    start, density = blobs.start(covariance_type, data.shift), blobs.density(covariance_type, data.shift)
     settings = kernels.Settings.of(data, regularization=REGULARIZATION)
 
     def run(n: int) -> None:
-        progress = em.advance(start, at_most=n, previous=0.0, settings=settings)
+        progress = em.advance(start, density, at_most=n, previous=0.0, settings=settings)
         if len(progress.bounds) != n:
             raise RuntimeError(f"EM stopped after {len(progress.bounds)} of {n} iterations, reason {progress.reason}")
 

@@ -22,11 +22,13 @@ import numpy as np
 from sklearn.mixture import GaussianMixture as Reference
 from threadpoolctl import threadpool_info
 
-import gaussmix._em
 from cases import Case, cases
-from gaussmix import _array_api, _numpy
+from gaussmix import _array_api, _threads
 from gaussmix._covariance import COVARIANCES
 from gaussmix._data import Rows
+from gaussmix._em import EMResult, run_em
+from gaussmix._engine import Engine, InMemory
+from gaussmix._objective import MaximumLikelihood
 from gaussmix.sklearn import GaussianMixture
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -159,9 +161,10 @@ def inaccuracy(case: Case) -> str | None:
     settings = dict(covariance_type=case.covariance_type, tol=0, max_iter=5, **case.start)
     found = GaussianMixture(case.k, **settings).fit(x)
     covariance = COVARIANCES[case.covariance_type]
-    engine = _array_api.Engine(Rows(x), covariance, 1e-6)
-    begun = GaussianMixture(case.k, **settings)._start(engine, covariance, np.random.RandomState(0))
-    exact = gaussmix._em.run_em(engine, begun, tolerance=0, max_iter=5).parameters
+    objective, block = MaximumLikelihood(covariance, 1e-6), _array_api.Block(Rows(x))
+    engine = Engine(block.rows, InMemory(block), block, covariance)
+    begun = GaussianMixture(case.k, **settings)._start(engine.rows)(engine, objective, np.random.RandomState(0))
+    exact = run_em(engine, objective, EMResult(begun, [], converged=False), tolerance=0, max_iter=5).parameters
     for name in ("weights", "means", "covariances"):
         value, expected = getattr(found, f"{name}_"), getattr(exact, name)
         error = float(np.abs(value - expected).max() / max(1, np.abs(expected).max()))
@@ -233,7 +236,7 @@ def _torchgmm(case: Case, x: Any, iterations: int) -> int:
 
 def machine() -> dict[str, Any]:
     """What ran, and on what."""
-    with _numpy.one_blas_thread() as threads:
+    with _threads.one_blas_thread() as threads:
         pass
     names = ("gaussmix", "numpy", "scipy", "scikit-learn", "torch", "torchgmm", "tgmm")
     installed = {

@@ -10,6 +10,8 @@ def matrices(covariances, covariance_type, k, d):
         return covariances
     if covariance_type == "tied":
         return np.stack([covariances] * k)
+    if covariance_type == "tied_diag":
+        return np.stack([np.diag(covariances)] * k)
     if covariance_type == "diag":
         return np.stack([np.diag(row) for row in covariances])
     return np.stack([value * np.eye(d) for value in covariances])
@@ -67,6 +69,7 @@ def maximize(counts, means, scatters, covariance_type, regularization):
         covariances = {
             "full": full + regularization * np.eye(d),
             "diag": variances + regularization,
+            "tied_diag": counts @ variances / counts.sum() + regularization,
             "spherical": variances.mean(axis=1) + regularization,
         }[covariance_type]
     return counts / counts.sum(), means, covariances

@@ -23,19 +23,22 @@ class Case:
     sample_weight: Any
 
 
+TYPES = tuple(sorted(COVARIANCES))
+
+
 def floats(shape, low, high):
     return arrays(np.float64, shape, elements=st.floats(low, high, width=32))
 
 
 @st.composite
-def cases(draw, max_n=24, max_d=5, max_k=4, dtypes=("float32", "float64"), min_extra=0):
+def cases(draw, max_n=24, max_d=5, max_k=4, dtypes=("float32", "float64"), min_extra=0, covariance_types=TYPES):
     """Mixtures of moderate condition; rows around their means. `min_extra` rows more than k (d + 1)."""
-    covariance_type = draw(st.sampled_from(sorted(COVARIANCES)))
+    covariance_type = draw(st.sampled_from(covariance_types))
     dtype = draw(st.sampled_from(dtypes))
     d, k = draw(st.integers(1, max_d)), draw(st.integers(1, max_k))
     n = draw(st.integers(max(2, k, min_extra and k * (d + 1) + min_extra), max(max_n, k * (d + 1) + min_extra)))
     shape = COVARIANCES[covariance_type].shape(k, d)
-    if covariance_type in ("full", "tied"):
+    if COVARIANCES[covariance_type].has_matrices:
         lower = np.tril(draw(floats(shape, -1, 1)), -1) + draw(floats((*shape[:-1], 1), 0.5, 2)) * np.eye(d)
         covariances = lower @ np.swapaxes(lower, -1, -2)
     else:

@@ -57,14 +57,15 @@ BEYOND_FLOAT32 = ("condition 1e6", "condition 1e10")
 
 @pytest.mark.parametrize("name", CASES)
 def test_log_prob_on_hard_data(library, covariance, dtype, name):
-    means, sigmas, x = hard_case(name, shared=covariance.name == "tied")
+    means, sigmas, x = hard_case(name, shared=covariance.shares_moments)
     stored = {
         "full": sigmas,
         "tied": sigmas[0],
         "diag": np.stack([np.diag(sigma) for sigma in sigmas]),
+        "tied_diag": np.diag(sigmas[0]),
         "spherical": np.stack([np.diag(sigma).mean() for sigma in sigmas]),
     }[covariance.name].astype(dtype)
-    if dtype == "float32" and name in BEYOND_FLOAT32 and covariance.name in ("full", "tied"):
+    if dtype == "float32" and name in BEYOND_FLOAT32 and covariance.has_matrices:
         pytest.skip("these matrices are not positive definite, or others, once rounded to float32")
     x, means = x.astype(dtype), means.astype(dtype)
     weights = np.full(K, 1 / K)
@@ -72,6 +73,7 @@ def test_log_prob_on_hard_data(library, covariance, dtype, name):
         "full": lambda: stored,
         "tied": lambda: np.stack([stored] * K),
         "diag": lambda: np.stack([np.diag(v) for v in stored]),
+        "tied_diag": lambda: np.stack([np.diag(stored)] * K),
         "spherical": lambda: np.stack([v * np.eye(D) for v in stored]),
     }[covariance.name]()
     expected = truth(x, weights, means, full)

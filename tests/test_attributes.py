@@ -19,6 +19,7 @@ FACTORS = {
     "full": np.stack([ROOT, 2 * ROOT]),
     "tied": ROOT,
     "diag": np.array([[0.9, 1.2, 0.7], [1.1, 0.8, 2.0]]),
+    "tied_diag": np.array([0.9, 1.2, 0.7]),
     "spherical": np.array([0.9, 1.2]),
 }
 
@@ -67,7 +68,10 @@ def test_samples_of_attributes_set_by_hand(cls, library, covariance):
         (drawn, labels), (expected, expected_labels) = drawn, expected
         assert np.array_equal(to_numpy(labels), expected_labels)
     assert_close(to_numpy(drawn), expected, 1e-9)
-    assert_close(mixture.to_sklearn().covariances_, expected_covariances(covariance.name), 1e-9)
+    stored = np.broadcast_to(
+        expected_covariances(covariance.name), covariance.for_sklearn(FACTORS[covariance.name], 2).shape
+    )
+    assert_close(mixture.to_sklearn().covariances_, stored, 1e-9)
 
 
 @pytest.mark.parametrize("cls", [GaussianMixture, SklearnMixture])

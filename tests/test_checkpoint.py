@@ -365,7 +365,7 @@ def saved(request, tmp_path):
 
 
 ANEW = r"fit\.checkpoint.*; pass resume=False to start anew over it, or another path"
-REMOVE = r"fit\.checkpoint.*; remove it to start anew, or pass another path"
+REMOVE = r"fit\.checkpoint.*; pass another path, or remove it to start anew"
 
 
 def test_a_truncated_file(saved):
@@ -782,9 +782,9 @@ def test_a_fit_writes_over_nothing_but_a_checkpoint(tmp_path, cls, resume):
     (tmp_path / "new").symlink_to(tmp_path / "nothing")
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     cases = {
-        "model.safetensors": "model.safetensors is no checkpoint; remove it",
-        "theirs": "theirs is no checkpoint; remove it",
-        "letter": "letter is damaged: .*; remove it to start anew",
+        "model.safetensors": "model.safetensors is no checkpoint; pass another path, or remove it",
+        "theirs": "theirs is no checkpoint; pass another path, or remove it",
+        "letter": "letter is damaged: .*; pass another path, or remove it",
         "link": "checkpoint=.*link' is a link, which would be replaced; pass the path that it leads to",
         "new": "checkpoint=.*new' is a link",
     }
@@ -908,7 +908,7 @@ def test_what_a_callback_sees(library, covariance, is_in_blocks):
 
 
 def inverse(covariances, covariance):
-    return np.linalg.inv(covariances) if covariance.name in ("full", "tied") else 1 / covariances
+    return np.linalg.inv(covariances) if covariance.has_matrices else 1 / covariances
 
 
 def test_float32_is_fitted_in_float64():

@@ -13,7 +13,7 @@ def example(covariance, k, d, seed=0):
     """Positive definite covariances in the stored form."""
     rng = np.random.RandomState(seed)
     shape = covariance.shape(k, d)
-    if covariance.name in ("full", "tied"):
+    if covariance.has_matrices:
         factor = rng.normal(size=shape) + 2 * np.eye(d)
         return factor @ np.swapaxes(factor, -1, -2)
     return rng.uniform(0.5, 3, size=shape)
@@ -74,9 +74,9 @@ def test_free_parameters(name, k, d, expected):
 
 def test_what_is_not_positive_definite_has_no_factor(covariance, library):
     covariances = example(covariance, 3, 2)
-    bad = -covariances if covariance.name == "tied" else np.concatenate([covariances[:2], -covariances[2:]])
+    bad = -covariances if covariance.shares_moments else np.concatenate([covariances[:2], -covariances[2:]])
     factor = covariance.precision_cholesky(library.asarray(bad))
-    assert covariance.first_singular(factor) == (None if covariance.name == "tied" else 2)
+    assert covariance.first_singular(factor) == (None if covariance.shares_moments else 2)
     assert not np.all(np.isfinite(to_numpy(factor)))
-    if covariance.name != "tied":
+    if not covariance.shares_moments:
         assert np.all(np.isfinite(to_numpy(factor)[:2]))

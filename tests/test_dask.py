@@ -185,7 +185,7 @@ def test_what_is_read():
 
 
 def test_a_task_starts_no_threads(monkeypatch):
-    monkeypatch.setattr("gaussmix._numpy.ThreadPoolExecutor", None)
+    monkeypatch.setattr("gaussmix._threads.ThreadPoolExecutor", None)
     x = np.random.RandomState(0).normal(size=(40_000, 16))
     X = da.from_array(x, chunks=(20_000, -1))
     mixture = fitted(X, k=16, init_means=x[:16], trainer_params={"max_epochs": 1})

@@ -57,7 +57,7 @@ def test_constant_feature(library, covariance, dtype):
     variances = to_numpy(mixture.covariances_)
     if covariance.name == "diag":
         assert_close(variances[:, 0], [1e-6, 1e-6], 1e-9)
-    elif covariance.name in ("full", "tied"):
+    elif covariance.has_matrices:
         assert_close(np.atleast_3d(variances.reshape(-1, 3, 3))[:, 0, 0], 1e-6 * np.ones(variances.size // 9), 1e-9)
 
 
@@ -94,7 +94,7 @@ def test_far_outlier(library, covariance, dtype):
 
 def test_zero_weight_component(library, covariance):
     d, shape = 2, covariance.shape(2, 2)
-    identity = np.broadcast_to(np.eye(d) if covariance.name in ("full", "tied") else 1.0, shape).copy()
+    identity = np.broadcast_to(np.eye(d) if covariance.has_matrices else 1.0, shape).copy()
     mixture = GaussianMixture.from_parameters(
         *map(library.asarray, ([1.0, 0.0], [[0.0, 0.0], [1.0, 1.0]], identity)), covariance_type=covariance.name
     )
@@ -158,6 +158,7 @@ SINGULAR = {
     "full": np.repeat([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]], 5, axis=0),
     "tied": np.repeat([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]], 5, axis=0),
     "diag": np.repeat([[0.0, 0.0], [0.0, 1.0]], 5, axis=0),
+    "tied_diag": np.repeat([[0.0, 0.0], [0.0, 1.0]], 5, axis=0),
     "spherical": np.zeros((10, 2)),
 }
 
@@ -169,7 +170,7 @@ def test_a_singular_covariance_names_component_count_and_remedy(library, covaria
     error = caught.value
     assert isinstance(error, ValueError)
     assert error.count == len(x)
-    assert error.component == (None if covariance.name == "tied" else 0)
+    assert error.component == (None if covariance.shares_moments else 0)
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert isinstance(again, SingularCovarianceError)
         assert str(again) == str(error)

@@ -459,15 +459,14 @@ def test_what_fails_in_one_process_alone(groups, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cls", "of", "step"),
-    [(GaussianMixture, _distributed.Engine, "expect"), (KMeans, _distributed.Clusters, "sums")],
+    "cls",
+    [GaussianMixture, KMeans],
 )
-def test_a_launched_process_that_fails(cls, of, step, monkeypatch):
-    method, found = getattr(of, step), []
+def test_a_launched_process_that_fails(cls, monkeypatch):
+    method, found = _distributed.InProcesses.reduce, []
 
     def fails_in_one(self, *args):
-        group = self._group if of is _distributed.Clusters else self.rows.group
-        if group.rank == 1:
+        if self._group.rank == 1:
             raise MemoryError("no room")
         return method(self, *args)
 
@@ -479,7 +478,7 @@ def test_a_launched_process_that_fails(cls, of, step, monkeypatch):
         found.extend(in_each(groups_of(3), run))
         raise found[0]
 
-    monkeypatch.setattr(of, step, fails_in_one)
+    monkeypatch.setattr(_distributed.InProcesses, "reduce", fails_in_one)
     monkeypatch.setattr(f"{cls.__module__}.launch", launch)
     with pytest.raises(RuntimeError, match="process 1 of 3 failed"):
         fitted(np.concatenate(SHARES), 3, cls=cls, k=2)

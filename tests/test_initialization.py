@@ -50,6 +50,7 @@ def test_rows_belong_to_the_nearest_mean_and_parameters_are_theirs(covariance, s
         "full": within + 1e-6 * np.eye(2),
         "tied": np.tensordot(counts, within, 1) / counts.sum() + 1e-6 * np.eye(2),
         "diag": variances + 1e-6,
+        "tied_diag": counts @ variances / counts.sum() + 1e-6,
         "spherical": variances.mean(axis=1) + 1e-6,
     }[covariance.name]
     assert_close(mixture.covariances_, expected, 1e-10, "covariances")
@@ -176,6 +177,7 @@ def test_means_far_from_their_rows_cost_no_digits(library, covariance, source, g
         "full": within,
         "tied": np.mean(within, axis=0),
         "diag": [np.diag(matrix) for matrix in within],
+        "tied_diag": np.diag(np.mean(within, axis=0)),
         "spherical": [np.diag(matrix).mean() for matrix in within],
     }[covariance.name]
     data, means = source(x, library), np.repeat(np.array(given)[:, None], 2, axis=1)
@@ -219,12 +221,7 @@ def test_given_parts_replace_those_of_the_start(covariance):
     weights = np.array([0.25, 0.75])
     shape = covariance.shape(2, 2)
     precisions = np.broadcast_to(
-        2
-        * (
-            np.eye(2)
-            if len(shape) > 1 and shape[-2:] == (2, 2) and covariance.name in ("full", "tied")
-            else np.ones(())
-        ),
+        2 * (np.eye(2) if covariance.has_matrices else np.ones(())),
         shape,
     ).copy()
     mixture = SklearnMixture(

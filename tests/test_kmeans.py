@@ -6,9 +6,10 @@ from sklearn.cluster import KMeans as Reference
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from threadpoolctl import threadpool_limits
 
-from cases import assert_close, blobs
+from cases import OnRows, assert_close, blobs
 from gaussmix import KMeans, _array_api, _numpy
 from gaussmix._arrays import to_numpy
+from gaussmix._covariance import COVARIANCES
 from gaussmix._data import Rows
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -102,8 +103,10 @@ def test_slabs_equal_the_array_api(dtype, n, d, k, batch_size, weighted, monkeyp
     x = (1000 + np.random.RandomState(n).normal(size=(n, d))).astype(dtype)
     weight = np.random.RandomState(0).uniform(0, 2, size=n) * (np.arange(n) % 3 > 0) if weighted else None
     centroids = x[np.random.RandomState(1).randint(n, size=k)].astype(np.float64)
-    fast, exact = (module.Clusters(Rows(x, weight, batch_size)) for module in (_numpy, _array_api))
-    assert np.array_equal(fast.labels(centroids), exact.labels(centroids))
+    fast, exact = (
+        OnRows(module, Rows(x, weight, batch_size), COVARIANCES["diag"]).engine for module in (_numpy, _array_api)
+    )
+    assert np.array_equal(fast.nearest(centroids), exact.nearest(centroids))
     assert_close(fast.squared_distances(centroids), exact.squared_distances(centroids), 1e-12)
     for found, expected in zip(fast.sums(centroids, x[0]), exact.sums(centroids, x[0]), strict=True):
         assert_close(found, expected, 1e-11)
@@ -113,8 +116,8 @@ def test_equal_centroids_share_no_rows():
     x = np.random.RandomState(0).normal(size=(1000, 2))
     centroids = np.repeat(x[:4], 2, axis=0)
     for module in (_numpy, _array_api):
-        on_rows = module.Clusters(Rows(x))
-        assert set(on_rows.labels(centroids)) == {0, 2, 4, 6}
+        on_rows = OnRows(module, Rows(x), COVARIANCES["diag"]).engine
+        assert set(on_rows.nearest(centroids)) == {0, 2, 4, 6}
         assert on_rows.sums(centroids, x[0])[0].sum() == 1000
 
 

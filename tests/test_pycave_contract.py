@@ -94,7 +94,7 @@ def test_mixture_num_components():
 def test_mixture_covariance_type(library, covariance, dtype):
     assert GaussianMixture().covariance_type == "diag"
     mixture, (_, _, covariances, _) = few_iterations(library, covariance, dtype)
-    shape = {"full": (3, 3, 3), "tied": (3, 3), "diag": (3, 3), "spherical": (3,)}[covariance.name]
+    shape = {"full": (3, 3, 3), "tied": (3, 3), "diag": (3, 3), "tied_diag": (3,), "spherical": (3,)}[covariance.name]
     assert tuple(mixture.covariances_.shape) == shape
     assert_close(to_numpy(mixture.covariances_), covariances, PARAMETER_TOLERANCE[dtype])
     assert_refused(GaussianMixture, "covariance_type", ["round", "Full", None], ValueError)

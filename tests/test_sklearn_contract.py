@@ -31,6 +31,13 @@ ARRAYS = ("weights_", "means_", "covariances_", "precisions_", "precisions_chole
 INIT_PARAMS = ("kmeans", "k-means++", "random", "random_from_data")
 
 
+@pytest.fixture
+def covariance(covariance):
+    if covariance.sklearn_name != covariance.name:
+        pytest.skip("scikit-learn has no such covariance type")
+    return covariance
+
+
 def fitted(x=X, n_components=3, **settings):
     """Our mixture and scikit-learn's, fitted alike."""
     settings = dict(random_state=0, tol=1e-5, max_iter=500) | settings

@@ -75,6 +75,7 @@ def about(origin, counts, means, scatters, covariance):
     second = scatters + counts[:, None, None] * offsets[:, :, None] * offsets[:, None, :]
     diagonals = np.diagonal(second, axis1=1, axis2=2)
     stored = {"full": second, "tied": second.sum(axis=0), "diag": diagonals, "spherical": diagonals.sum(axis=1)}
+    stored["tied_diag"] = diagonals.sum(axis=0)
     return SufficientStatistics(origin, counts, counts[:, None] * offsets, stored[covariance.name], np.asarray(-7.5))
 
 

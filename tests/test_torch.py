@@ -214,7 +214,7 @@ class TestParameters:
         assert torch.all(model.component_probs >= 0)
         upper = model.precisions_cholesky
         assert upper.shape == covariance.shape(k, d)
-        if covariance.name in ("full", "tied"):
+        if covariance.has_matrices:
             assert torch.equal(upper, upper.triu())
             upper = upper.diagonal(dim1=-2, dim2=-1)
         assert torch.all(upper > 0)
@@ -555,7 +555,9 @@ class TestGaussians:
         _, means, covariances, upper = parameters(covariance.name, 1, 3)
         mean = torch.from_numpy(means[0]).to(getattr(torch, dtype))
         # A single component's factor, as PyCave takes it: without the axis of components.
-        factor = torch.from_numpy(upper if covariance.name in ("tied", "spherical") else upper[0]).to(mean.dtype)
+        factor = torch.from_numpy(
+            upper if covariance.shares_moments or covariance.name == "spherical" else upper[0]
+        ).to(mean.dtype)
         torch.manual_seed(0)
         drawn = gt.sample_normal(20_000, mean, factor, covariance.name)
         assert drawn.dtype == mean.dtype
@@ -568,7 +570,7 @@ class TestGaussians:
     def test_what_is_not_positive_definite(self, covariance, caught):
         covariances = torch.from_numpy(parameters(covariance.name, 3, 2)[2])
         covariances[-1] *= -1
-        which = "that all components share" if covariance.name == "tied" else "of component 2"
+        which = "that all components share" if covariance.shares_moments else "of component 2"
         with pytest.raises(caught, match=f"the covariance {which} is not positive definite; add a small positive"):
             gt.cholesky_precision(covariances, covariance.name)
 

@@ -1,40 +1,18 @@
 """Fused Triton kernels for Gaussian mixtures: tensors in, tensors out, nothing known of gaussmix.
 
-`EM` runs iterations and inference for one covariance type on the rows that `prepare` has read; `TYPES` has one module
-for each type. README.md beside this package says what each kernel computes and what it costs.
+`EM` runs iterations and inference for one covariance type on the rows that `prepare` has read; `type_of` finds the
+module of each type. README.md beside this package says what each kernel computes and what it costs.
 """
 
-from gaussmix_kernels._em import EM, TYPES, Progress
-from gaussmix_kernels._kmeans import nearest, squared_distances, sums
-from gaussmix_kernels._parameters import (
-    CONVERGED,
-    HALVES_EPS,
-    HALVES_LEAST,
-    INEXACT,
-    NOT_FINITE,
-    RUNNING,
-    SINGULAR,
-    Parameters,
-    Settings,
-)
-from gaussmix_kernels._prepass import Data, prepare
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "CONVERGED",
-    "EM",
-    "HALVES_EPS",
-    "HALVES_LEAST",
-    "INEXACT",
-    "NOT_FINITE",
-    "RUNNING",
-    "SINGULAR",
-    "TYPES",
-    "Data",
-    "Parameters",
-    "Progress",
-    "Settings",
-    "nearest",
-    "prepare",
-    "squared_distances",
-    "sums",
-]
+if TYPE_CHECKING:
+    from gaussmix_kernels._public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """What `_public` has; loaded with the first use, because `gaussmix` reads `_sizes` where there is no torch."""
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("gaussmix_kernels._public"), name)

@@ -18,14 +18,11 @@ import triton
 import triton.language as tl
 
 from gaussmix_kernels._features import Operands, _add_product, _joined, _split
-from gaussmix_kernels._launch import CHUNK_BYTES, MOST_SLAB_ROWS, PROGRAMS, launch, padded, slab_rows
+from gaussmix_kernels._launch import launch
 from gaussmix_kernels._prepass import Data
+from gaussmix_kernels._sizes import PROGRAMS, centred_tiles, chunk_rows, slab_rows
 from gaussmix_kernels._sums import add_up
 
-MOST_CHUNK_ROWS = 2**20
-# The totals of all components are read and written once a chunk: with many components that costs more than logits that
-# leave the cache.
-LEAST_CHUNK_SLABS = 4
 NORMALIZED_ROWS = 128
 
 
@@ -192,14 +189,6 @@ def _scatter_kernel(
         tl.store(out + right_columns[:, None] * ld + left_columns[None, :], tl.trans(scatter), mask=tl.trans(inside))
 
 
-def tiles(exact: bool, d: int) -> dict[str, int]:
-    """Sizes of tiles, and warps: a function of the tier and of d. They compile on every architecture of the gate."""
-    D = padded(d)
-    if exact:
-        return dict(D=D, BLOCK_D=min(D, 32), BLOCK_N=32, num_warps=4)
-    return dict(D=D, BLOCK_D=min(D, 64), BLOCK_N=64, num_warps=4)
-
-
 @dataclass(frozen=True)
 class Step:
     """The centred kernels of one data set."""
@@ -256,8 +245,7 @@ class Step:
     def _chunks(self, k: int) -> Iterator[tuple[int, int]]:
         """First row and number of rows of each chunk."""
         n = self.data.shape[0]
-        size = CHUNK_BYTES // (k * self.data.dtype.itemsize)
-        size = min(max(size // MOST_SLAB_ROWS, LEAST_CHUNK_SLABS) * MOST_SLAB_ROWS, MOST_CHUNK_ROWS)
+        size = chunk_rows(k, self.data.dtype.itemsize)
         for start in range(0, n, size):
             yield start, min(size, n - start)
 
@@ -326,4 +314,4 @@ class Step:
         return torch.empty(n, dtype=self.data.dtype, device=device), torch.empty(n, dtype=torch.int32, device=device)
 
     def _tiles(self) -> dict[str, int]:
-        return tiles(self.data.exact, self.data.shape[1])
+        return centred_tiles(self.data.exact, self.data.shape[1])

@@ -2,16 +2,18 @@
 
 import math
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 
 import torch
 
-from gaussmix_kernels import _centred, _features, diag, full, spherical, tied
+from gaussmix_kernels import _centred, _features
 from gaussmix_kernels._features import Operands
 from gaussmix_kernels._parameters import (
     CONVERGED,
     LOG_2,
     RUNNING,
+    Density,
     Natural,
     Parameters,
     Settings,
@@ -21,10 +23,13 @@ from gaussmix_kernels._parameters import (
 )
 from gaussmix_kernels._prepass import Data
 
-TYPES: dict[str, ModuleType] = {"full": full, "tied": tied, "diag": diag, "spherical": spherical}
-
 # Iterations between two looks at the flag that stops them.
 ITERATIONS = 8
+
+
+def type_of(covariance_type: str) -> ModuleType:
+    """The kernels of a covariance type: the module of its name."""
+    return import_module(f"gaussmix_kernels.{covariance_type}")
 
 
 @dataclass(frozen=True)
@@ -41,17 +46,19 @@ class EM:
 
     def __init__(self, data: Data, covariance_type: str, kind: str) -> None:
         self.data, self.kind = data, kind
-        self.type = TYPES[covariance_type]
+        self.type = type_of(covariance_type)
         self.step: _centred.Step | _features.Step
         self.step = _centred.Step.of(data) if kind == "centred" else _features.Step.of(data, kind)
         # Logits are in units of log 2; those of centred rows are squares, of which half counts.
         gain = math.sqrt(0.5 / LOG_2) if kind == "centred" else 1 / LOG_2
         self._gain = torch.tensor([gain], dtype=torch.float64, device=data.hi.device)
 
-    def advance(self, start: Parameters, *, at_most: int, previous: float, settings: Settings) -> Progress:
+    def advance(
+        self, start: Parameters, density: Density, *, at_most: int, previous: float, settings: Settings
+    ) -> Progress:
         """Up to `at_most` iterations, looked at from the host every few of them; `settings` say what ends them."""
         buffers = [Parameters(*(value.clone() for value in vars(start).values())), start.empty_like()]
-        natural, operands = self._start(start)
+        natural, operands = self._start(density)
         bounds: list[float] = []
         reason = RUNNING
         while reason == RUNNING and len(bounds) < at_most:
@@ -89,9 +96,9 @@ class EM:
         decide(stop, bounds, settings, evidence, shared, old, new, natural, i)
         fill_operands(operands, natural, self._gain, self.data.exact, stop[i + 1 : i + 2])
 
-    def expect(self, parameters: Parameters) -> tuple[torch.Tensor, float]:
+    def expect(self, density: Density) -> tuple[torch.Tensor, float]:
         """Statistics as the kernels keep them, and the log-likelihood of all rows."""
-        natural, operands = self._start(parameters)
+        natural, operands = self._start(density)
         statistics, evidence = self.step.expect(operands)
         total = float(evidence.sum()) * LOG_2 + float(natural.shared.sum()) * self.data.total
         return statistics, total * self.data.gain
@@ -113,23 +120,23 @@ class EM:
         found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self.type.moments(statistics, self.data)
         return found
 
-    def log_evidence(self, parameters: Parameters) -> torch.Tensor:
+    def log_evidence(self, density: Density) -> torch.Tensor:
         """Log-density of each row under the mixture: (n,), float64."""
-        normalizer, _, _ = self.step.normalize(self._start(parameters)[1])
-        shared: torch.Tensor | float = self.type.shared_log_density(parameters, self.data)
+        normalizer, _, _ = self.step.normalize(self._start(density)[1])
+        shared: torch.Tensor | float = self.type.shared_log_density(density, self.data)
         return normalizer.to(torch.float64) * LOG_2 + shared
 
-    def labels(self, parameters: Parameters) -> torch.Tensor:
+    def labels(self, density: Density) -> torch.Tensor:
         """The likeliest component of each row: (n,), int32."""
-        return self.step.normalize(self._start(parameters)[1])[1]
+        return self.step.normalize(self._start(density)[1])[1]
 
-    def responsibilities(self, parameters: Parameters) -> torch.Tensor:
+    def responsibilities(self, density: Density) -> torch.Tensor:
         """Posterior probability of each component given the row: (n, k)."""
-        return self.step.responsibilities(self._start(parameters)[1])
+        return self.step.responsibilities(self._start(density)[1])
 
-    def _start(self, parameters: Parameters) -> tuple[Natural, Operands]:
-        natural = Natural.of(parameters.means.shape[0], self.data, self.kind)
-        self.type.fill(natural, parameters, self.data)
+    def _start(self, density: Density) -> tuple[Natural, Operands]:
+        natural = Natural.of(density.means.shape[0], self.data, self.kind)
+        self.type.fill(natural, density, self.data)
         operands = room_for_operands(natural, self.data)
         fill_operands(operands, natural, self._gain, self.data.exact, self.step.never)
         return natural, operands

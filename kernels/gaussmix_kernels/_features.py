@@ -21,8 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from gaussmix_kernels._launch import FUSED_SUMS, launch, multiple, padded, slab_rows
+from gaussmix_kernels._launch import launch
 from gaussmix_kernels._prepass import R_SCALE, Data
+from gaussmix_kernels._sizes import Features, slab_rows
 from gaussmix_kernels._sums import add_up
 
 
@@ -36,35 +37,6 @@ class Operands:
     constants: torch.Tensor  # (k,), log 2 units
     slopes: torch.Tensor  # (k,): coefficients of |x - shift|^2, log 2 units
     centres: torch.Tensor  # (k, ld), float64: mu' where x' - mu' is formed
-
-
-@dataclass(frozen=True)
-class Features:
-    """Which features phi has beside x', for d features of the data; or that rows are centred, which need a matrix."""
-
-    kind: str  # "none", "norm", "squares", "products"; "centred"
-    d: int
-
-    @property
-    def ld(self) -> int:
-        """Stored features of a row of the data."""
-        return multiple(self.d, 16)
-
-    @property
-    def n_products(self) -> int:
-        """Number of products x'_i x'_j."""
-        return self.d * (self.d + 1) // 2 if self.kind == "products" else 0
-
-    @property
-    def width(self) -> int:
-        """Stored natural parameters of a component that are multiplied with phi, or with centred rows."""
-        if self.kind == "centred":
-            return self.ld * self.ld
-        return self.ld + {"squares": self.ld, "products": multiple(self.n_products, 16)}.get(self.kind, 0)
-
-    def pairs(self, device: torch.device) -> torch.Tensor:
-        """Which features each product is made of: (2, n_products), int32."""
-        return torch.triu_indices(self.d, self.d, dtype=torch.int32, device=device)
 
 
 @triton.jit
@@ -97,52 +69,44 @@ def _joined(hi, lo, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _columns(hi, lo, rows, columns, mask, ld, EXACT: tl.constexpr):
+def _columns(x, rows, columns, mask, ld, EXACT: tl.constexpr):
     """x'_rows,columns as columns x rows."""
     at = rows[None, :] * ld + columns[:, None]
-    x_hi = tl.load(hi + at, mask=mask, other=0)
+    x_hi = tl.load(x[0] + at, mask=mask, other=0)
     if EXACT:
         return x_hi, x_hi
     else:
-        return x_hi, tl.load(lo + at, mask=mask, other=0)
+        return x_hi, tl.load(x[1] + at, mask=mask, other=0)
 
 
 @triton.jit
-def _second_features(hi, lo, pairs, rows, valid, columns, ld, n_products, KIND: tl.constexpr, EXACT: tl.constexpr):
+def _second_features(x, pairs, rows, valid, columns, ld, n_products, KIND: tl.constexpr, EXACT: tl.constexpr):
     """Squares or products as features x rows."""
     if KIND == "squares":
         mask = (columns < ld)[:, None] & valid[None, :]
-        x_hi, x_lo = _columns(hi, lo, rows, columns, mask, ld, EXACT)
-        x = _joined(x_hi, x_lo, EXACT)
-        return _split(x * x, EXACT)
+        x_hi, x_lo = _columns(x, rows, columns, mask, ld, EXACT)
+        joined = _joined(x_hi, x_lo, EXACT)
+        return _split(joined * joined, EXACT)
     else:
         real = columns < n_products
         mask = real[:, None] & valid[None, :]
         left = tl.load(pairs + columns, mask=real, other=0)
         right = tl.load(pairs + n_products + columns, mask=real, other=0)
-        x_hi, x_lo = _columns(hi, lo, rows, left, mask, ld, EXACT)
-        y_hi, y_lo = _columns(hi, lo, rows, right, mask, ld, EXACT)
+        x_hi, x_lo = _columns(x, rows, left, mask, ld, EXACT)
+        y_hi, y_lo = _columns(x, rows, right, mask, ld, EXACT)
         return _split(_joined(x_hi, x_lo, EXACT) * _joined(y_hi, y_lo, EXACT), EXACT)
 
 
 @triton.jit
 def _logits(
-    hi,
-    lo,
-    squares,
-    pairs,
-    w_hi,
-    w_lo,
-    unit,
-    constants,
-    slopes,
+    x,
+    factors,
     components,
     k,
     rows,
     valid,
-    ld,
     n_products,
-    width,
+    widths,
     KIND: tl.constexpr,
     D: tl.constexpr,
     Q: tl.constexpr,
@@ -153,12 +117,15 @@ def _logits(
 ):
     """Log pi_k + log N of components x rows, in units of log 2; -1e30 where there is no component."""
     dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
+    _, _, squares, pairs, _ = x
+    w_hi, w_lo, unit, constants, slopes = factors
+    ld, width = widths
     real = components < k
     total = tl.zeros([BLOCK_K, BLOCK_N], dtype)
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         inside = columns < ld
-        x_hi, x_lo = _columns(hi, lo, rows, columns, inside[:, None] & valid[None, :], ld, EXACT)
+        x_hi, x_lo = _columns(x, rows, columns, inside[:, None] & valid[None, :], ld, EXACT)
         at = components[:, None] * width + columns[None, :]
         a_hi = tl.load(w_hi + at, mask=real[:, None] & inside[None, :], other=0)
         a_lo = tl.load(w_lo + at, mask=real[:, None] & inside[None, :], other=0)
@@ -167,7 +134,7 @@ def _logits(
         for start in range(0, Q, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
             inside = columns < width - ld
-            q_hi, q_lo = _second_features(hi, lo, pairs, rows, valid, columns, ld, n_products, KIND, EXACT)
+            q_hi, q_lo = _second_features(x, pairs, rows, valid, columns, ld, n_products, KIND, EXACT)
             at = components[:, None] * width + ld + columns[None, :]
             a_hi = tl.load(w_hi + at, mask=real[:, None] & inside[None, :], other=0)
             a_lo = tl.load(w_lo + at, mask=real[:, None] & inside[None, :], other=0)
@@ -183,16 +150,8 @@ def _logits(
 @triton.jit(do_not_specialize=["n", "k", "slab", "n_products"], do_not_specialize_on_alignment=["stop"])
 def _accumulate_kernel(
     stop,
-    hi,
-    lo,
-    squares,
-    pairs,
-    weight,
-    w_hi,
-    w_lo,
-    unit,
-    constants,
-    slopes,
+    x,
+    factors,
     normalizer,
     labels,
     sums,
@@ -200,9 +159,8 @@ def _accumulate_kernel(
     n,
     k,
     slab,
-    ld,
     n_products,
-    width,
+    widths,
     KIND: tl.constexpr,
     D: tl.constexpr,
     Q: tl.constexpr,
@@ -216,6 +174,8 @@ def _accumulate_kernel(
     if tl.load(stop) != 0:
         return
     dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
+    _, _, squares, pairs, weight = x
+    ld, width = widths
     # One axis, the only one that is long enough; the tiles of a slab run side by side, and share its rows in the cache.
     n_tiles = tl.cdiv(k, BLOCK_K)
     part = tl.program_id(0) // n_tiles
@@ -243,29 +203,7 @@ def _accumulate_kernel(
             r = tl.where(components[:, None] == label[None, :], w[None, :] * R_SCALE, 0.0)
         else:
             logits = _logits(
-                hi,
-                lo,
-                squares,
-                pairs,
-                w_hi,
-                w_lo,
-                unit,
-                constants,
-                slopes,
-                components,
-                k,
-                rows,
-                valid,
-                ld,
-                n_products,
-                width,
-                KIND,
-                D,
-                Q,
-                BLOCK_K,
-                BLOCK_D,
-                BLOCK_N,
-                EXACT,
+                x, factors, components, k, rows, valid, n_products, widths, KIND, D, Q, BLOCK_K, BLOCK_D, BLOCK_N, EXACT
             )
             if normalizer is not None:
                 r = tl.exp2(logits - tl.load(normalizer + rows, mask=valid, other=0)[None, :]) * (w * R_SCALE)[None, :]
@@ -278,13 +216,13 @@ def _accumulate_kernel(
         counts += tl.sum(r, axis=1)
         r_hi, r_lo = _split(r, EXACT)
         mask = (columns < ld)[:, None] & valid[None, :]
-        x_hi, x_lo = _columns(hi, lo, rows, columns, mask, ld, EXACT)
+        x_hi, x_lo = _columns(x, rows, columns, mask, ld, EXACT)
         first_moments = _add_product(first_moments, r_hi, r_lo, tl.trans(x_hi), tl.trans(x_lo), EXACT)
         if KIND == "norm":
             square = tl.load(squares + rows, mask=valid, other=0)
             norms += tl.sum(r * square[None, :], axis=1)
         if KIND == "squares" or KIND == "products":
-            q_hi, q_lo = _second_features(hi, lo, pairs, rows, valid, second_columns, ld, n_products, KIND, EXACT)
+            q_hi, q_lo = _second_features(x, pairs, rows, valid, second_columns, ld, n_products, KIND, EXACT)
             second_moments = _add_product(second_moments, r_hi, r_lo, tl.trans(q_hi), tl.trans(q_lo), EXACT)
     out = sums + (part.to(tl.int64) * k + components) * (width + 2)
     tl.store(out + width, counts, mask=real)
@@ -300,24 +238,15 @@ def _accumulate_kernel(
 @triton.jit(do_not_specialize=["n", "k", "n_products"], do_not_specialize_on_alignment=["stop"])
 def _normalize_kernel(
     stop,
-    hi,
-    lo,
-    squares,
-    pairs,
-    weight,
-    w_hi,
-    w_lo,
-    unit,
-    constants,
-    slopes,
+    x,
+    factors,
     normalizer,
     labels,
     evidence,
     n,
     k,
-    ld,
     n_products,
-    width,
+    widths,
     KIND: tl.constexpr,
     D: tl.constexpr,
     Q: tl.constexpr,
@@ -330,6 +259,7 @@ def _normalize_kernel(
     if tl.load(stop) != 0:
         return
     dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
+    weight = x[4]
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = rows < n
     largest = tl.full([BLOCK_N], -float("inf"), dtype)
@@ -338,29 +268,7 @@ def _normalize_kernel(
     for start in range(0, k, BLOCK_K):
         components = start + tl.arange(0, BLOCK_K)
         logits = _logits(
-            hi,
-            lo,
-            squares,
-            pairs,
-            w_hi,
-            w_lo,
-            unit,
-            constants,
-            slopes,
-            components,
-            k,
-            rows,
-            valid,
-            ld,
-            n_products,
-            width,
-            KIND,
-            D,
-            Q,
-            BLOCK_K,
-            BLOCK_D,
-            BLOCK_N,
-            EXACT,
+            x, factors, components, k, rows, valid, n_products, widths, KIND, D, Q, BLOCK_K, BLOCK_D, BLOCK_N, EXACT
         )
         here = tl.max(logits, axis=0)
         # The first of equals: the least component among those that reach the largest logit.
@@ -380,22 +288,14 @@ def _normalize_kernel(
 
 @triton.jit(do_not_specialize=["n", "k", "n_products"])
 def _responsibilities_kernel(
-    hi,
-    lo,
-    squares,
-    pairs,
-    w_hi,
-    w_lo,
-    unit,
-    constants,
-    slopes,
     normalizer,
+    x,
+    factors,
     out,
     n,
     k,
-    ld,
     n_products,
-    width,
+    widths,
     KIND: tl.constexpr,
     D: tl.constexpr,
     Q: tl.constexpr,
@@ -410,55 +310,11 @@ def _responsibilities_kernel(
     valid = rows < n
     components = tl.program_id(0) % n_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
     logits = _logits(
-        hi,
-        lo,
-        squares,
-        pairs,
-        w_hi,
-        w_lo,
-        unit,
-        constants,
-        slopes,
-        components,
-        k,
-        rows,
-        valid,
-        ld,
-        n_products,
-        width,
-        KIND,
-        D,
-        Q,
-        BLOCK_K,
-        BLOCK_D,
-        BLOCK_N,
-        EXACT,
+        x, factors, components, k, rows, valid, n_products, widths, KIND, D, Q, BLOCK_K, BLOCK_D, BLOCK_N, EXACT
     )
     r = tl.exp2(logits - tl.load(normalizer + rows, mask=valid, other=0)[None, :])
     at = rows[None, :] * k + components[:, None]
     tl.store(out + at, r, mask=(components < k)[:, None] & valid[None, :])
-
-
-def tiles(kernel: str, exact: bool, features: Features, k: int) -> dict[str, int]:
-    """Sizes of tiles, and warps: a function of the kernel, the tier and the shape without n.
-
-    The compile gate checks each of its values, on every architecture, for registers that spill and for shared memory.
-    """
-    D = padded(features.ld)
-    Q = padded(features.width - features.ld)
-    BLOCK_D = min(D, 64) if features.kind != "products" else 16
-    BLOCK_K = min(padded(k), 16 if exact else 64)
-    sums = D + (Q if features.width > features.ld else 0)
-    if kernel == "accumulate":
-        while BLOCK_K > 16 and BLOCK_K * sums > FUSED_SUMS:
-            BLOCK_K //= 2
-        BLOCK_N = 16 if exact or features.kind == "products" or BLOCK_K * sums >= FUSED_SUMS else 32
-        num_warps = 8 if features.kind == "products" or D > 64 else 4
-    else:
-        BLOCK_N = 32 if exact else 128
-        num_warps = 8 if BLOCK_K == 64 else 4
-    num_stages = 1 if exact and features.kind == "products" else 2
-    return dict(D=D, Q=Q, BLOCK_K=BLOCK_K, BLOCK_D=BLOCK_D, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages)
 
 
 @dataclass(frozen=True)
@@ -467,15 +323,15 @@ class Step:
 
     data: Data
     features: Features
-    pairs: torch.Tensor | None
+    pairs: torch.Tensor | None  # (2, n_products), int32: which features each product is made of
     never: torch.Tensor  # (1,): a stop flag that is not set
 
     @classmethod
     def of(cls, data: Data, kind: str) -> "Step":
         """For these data."""
-        features = Features(kind, data.shape[1])
-        device = data.hi.device
-        pairs = features.pairs(device) if features.n_products else None
+        (_, d), device = data.shape, data.hi.device
+        features = Features(kind, d)
+        pairs = torch.triu_indices(d, d, dtype=torch.int32, device=device) if features.n_products else None
         return cls(data, features, pairs, torch.zeros(1, dtype=torch.int32, device=device))
 
     def fused(self, k: int) -> bool:
@@ -512,7 +368,7 @@ class Step:
         launch(
             _normalize_kernel,
             (n_blocks,),
-            *(self._stop(stop), *self._inputs(), data.weight, *self._factors(operands)),
+            *(self._stop(stop), self._inputs(), self._factors(operands)),
             *(normalizer, labels, evidence, n, k, *self._sizes()),
             KIND=self.features.kind,
             EXACT=data.exact,
@@ -530,7 +386,7 @@ class Step:
         launch(
             _responsibilities_kernel,
             (-(-k // tile["BLOCK_K"]) * -(-n // tile["BLOCK_N"]),),
-            *(*self._inputs(), *self._factors(operands), normalizer, out, n, k, *self._sizes()),
+            *(normalizer, self._inputs(), self._factors(operands), out, n, k, *self._sizes()),
             KIND=self.features.kind,
             EXACT=data.exact,
             **tile,
@@ -554,8 +410,7 @@ class Step:
         launch(
             _accumulate_kernel,
             (n_tiles * n_slabs,),
-            *(self._stop(stop), *self._inputs(), data.weight),
-            *self._factors(operands),
+            *(self._stop(stop), self._inputs(), self._factors(operands)),
             *(normalizer, labels, sums, evidence, n, k, slab, *self._sizes()),
             KIND=self.features.kind,
             EXACT=data.exact,
@@ -574,16 +429,19 @@ class Step:
         return self.never if stop is None else stop
 
     def _tiles(self, kernel: str, k: int) -> dict[str, int]:
-        return tiles(kernel, self.data.exact, self.features, k)
+        return self.features.tiles(kernel, self.data.exact, k)
+
+    # Tensors travel in tuples, and so do widths, which are multiples of 16. Triton specialises on the members of tuples
+    # whatever `do_not_specialize` says: sizes that vary stay outside.
 
     def _inputs(self) -> tuple[torch.Tensor | None, ...]:
-        return self.data.hi, self.data.lo, self.data.squares, self.pairs
+        return self.data.hi, self.data.lo, self.data.squares, self.pairs, self.data.weight
 
     @staticmethod
-    def _factors(operands: Operands | None) -> tuple[torch.Tensor | None, ...]:
+    def _factors(operands: Operands | None) -> tuple[torch.Tensor, ...] | None:
         if operands is None:
-            return (None,) * 5
+            return None
         return operands.hi, operands.lo, operands.unit, operands.constants, operands.slopes
 
-    def _sizes(self) -> tuple[int, ...]:
-        return self.features.ld, self.features.n_products, self.features.width
+    def _sizes(self) -> tuple[int, tuple[int, int]]:
+        return self.features.n_products, (self.features.ld, self.features.width)

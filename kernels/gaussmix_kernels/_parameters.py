@@ -16,9 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from gaussmix_kernels._features import Features, Operands
-from gaussmix_kernels._launch import launch, padded
+from gaussmix_kernels._features import Operands
+from gaussmix_kernels._launch import launch
 from gaussmix_kernels._prepass import Data
+from gaussmix_kernels._sizes import MOST_FEATURES, Features, padded
 
 LOG_2 = math.log(2)
 # The logarithm of a weight of zero: finite, so that products with it are, and below every other.
@@ -27,10 +28,6 @@ ROUNDING = 2.0**-52
 EPS = tl.constexpr(ROUNDING)
 # Where `Settings` has what kernels read of it.
 REGULARIZATION, FLOOR = tl.constexpr(5), tl.constexpr(6)
-# Features that the kernels hold a covariance matrix of in registers.
-MOST_FEATURES = 64
-
-TINY = 2.0**-1022
 
 # Why iterations stopped.
 RUNNING, CONVERGED, INEXACT, SINGULAR, NOT_FINITE = range(5)
@@ -53,6 +50,15 @@ class Parameters:
     def empty_like(self) -> "Parameters":
         """Room for other parameters of the same shape."""
         return Parameters(*(torch.empty_like(value) for value in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Density:
+    """What an E-step reads of a mixture, in float64; means are offsets from the shift of the data."""
+
+    log_offsets: torch.Tensor  # (k,): log pi_k + log det U_k - d log(2 pi) / 2, and whatever else; finite
+    means: torch.Tensor  # (k, d)
+    precision_cholesky: torch.Tensor  # as the type stores them
 
 
 @dataclass(frozen=True)
@@ -133,12 +139,6 @@ def inverse_cholesky(a, size, D: tl.constexpr):
         inverse *= tl.where(own, tl.sqrt(reciprocal), 1.0)[:, None]
         log_det -= 0.5 * tl.log(reciprocal)
     return inverse, log_det, singular
-
-
-def constants(weights: torch.Tensor, log_det: torch.Tensor, square: torch.Tensor | float, d: int) -> torch.Tensor:
-    """Log pi_k + log det U_k - (d log 2 pi + square_k) / 2, finite for weights of zero: (k,)."""
-    log_weights = torch.where(weights > 0, torch.log(weights.clamp_min(TINY)), -1e30)
-    return log_weights + log_det - 0.5 * (d * math.log(2 * math.pi) + square)
 
 
 def factor(

@@ -16,13 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from gaussmix_kernels._launch import launch, multiple, padded, slab_rows
+from gaussmix_kernels._launch import launch
+from gaussmix_kernels._sizes import SCATTER_ROWS, multiple, padded, slab_rows
 
 MOST_SCALED = 128.0
 # Responsibilities are kept as two float16 numbers, times this: one of 1e-11 is not yet zero.
 R_SCALE = 16384.0
-# Rows at a time that are taken in float64 for what is no kernel.
-SCATTER_ROWS = 2**18
 BLOCK_N = 32
 
 
@@ -35,7 +34,6 @@ class Data:
     squares: torch.Tensor  # (n,): |x - shift|^2, float32 or float64
     shift: torch.Tensor  # (d,), float64
     scale: torch.Tensor  # (d,), float64, powers of two
-    variance: torch.Tensor  # (d,), float64
     weight: torch.Tensor | None  # (n,), float32 or float64, at most 1
     total: float  # sum of the weights
     gain: float  # what `weight` was divided by
@@ -95,7 +93,6 @@ def _measure_kernel(
     # Sums about the first row keep their digits where the data lies far from zero.
     origin = tl.load(x + at, mask=real, other=0).to(tl.float64)
     total = tl.zeros([BLOCK_D], tl.float64)
-    square = tl.zeros([BLOCK_D], tl.float64)
     low = tl.full([BLOCK_D], float("inf"), tl.float64)
     high = tl.full([BLOCK_D], float("-inf"), tl.float64)
     first = tl.program_id(0).to(tl.int64) * slab
@@ -109,15 +106,13 @@ def _measure_kernel(
         if weight is not None:
             weighted *= tl.load(weight + rows, mask=rows < last, other=0).to(tl.float64)[:, None]
         total += tl.sum(weighted, axis=0)
-        square += tl.sum(weighted * offset, axis=0)
         low = tl.minimum(low, tl.min(tl.where(mask, offset, float("inf")), axis=0))
         high = tl.maximum(high, tl.max(tl.where(mask, offset, float("-inf")), axis=0))
     out = parts + tl.program_id(0) * d + columns
     size = tl.num_programs(0) * d
     tl.store(out, total, mask=real)
-    tl.store(out + size, square, mask=real)
-    tl.store(out + 2 * size, low, mask=real)
-    tl.store(out + 3 * size, high, mask=real)
+    tl.store(out + size, low, mask=real)
+    tl.store(out + 2 * size, high, mask=real)
 
 
 @triton.jit(do_not_specialize=["n", "d"])
@@ -174,25 +169,24 @@ def prepare(
     total = float(x.shape[0] if weight is None else weight.sum(dtype=torch.float64))
 
     parts = measure(x, weight)
-    mean, mean_square = parts[0].sum(dim=0) / total, parts[1].sum(dim=0) / total
+    mean = parts[0].sum(dim=0) / total
     first = x[0].to(torch.float64)
     shift = first + mean if shift is None else shift
     middle = shift - first
-    largest = torch.maximum(parts[3].amax(dim=0) - middle, middle - parts[2].amin(dim=0))
+    largest = torch.maximum(parts[2].amax(dim=0) - middle, middle - parts[1].amin(dim=0))
     # Least and largest values pass over NaN; sums do not.
     if not bool(torch.isfinite(largest * largest + mean).all()):
         raise ValueError("the data contains NaN, infinity or values whose squares are beyond float64; remove them")
     scale = torch.where(largest > 0, 2 ** torch.floor(torch.log2(MOST_SCALED / largest)), 1.0)
-    variance = mean_square - mean * mean
-    return Data(*convert(x, shift, scale, exact=exact), shift, scale, variance, weight, total, gain)
+    return Data(*convert(x, shift, scale, exact=exact), shift, scale, weight, total, gain)
 
 
 def measure(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """Weighted sums, sums of squares, minima and maxima of slabs of x, about its first row: (4, slabs, d)."""
+    """Weighted sums, minima and maxima of slabs of x, about its first row: (3, slabs, d)."""
     (n, d), block = x.shape, min(64, padded(x.shape[1]))
     slab = slab_rows(n, BLOCK_N)
     n_slabs = -(-n // slab)
-    parts = torch.empty((4, n_slabs, d), dtype=torch.float64, device=x.device)
+    parts = torch.empty((3, n_slabs, d), dtype=torch.float64, device=x.device)
     launch(
         _measure_kernel,
         (n_slabs, -(-d // block)),

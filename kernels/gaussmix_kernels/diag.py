@@ -4,23 +4,22 @@ import torch
 import triton
 import triton.language as tl
 
-from gaussmix_kernels._launch import launch, padded
+from gaussmix_kernels._launch import launch
 from gaussmix_kernels._parameters import (
     FLOOR,
     REGULARIZATION,
+    Density,
     Natural,
     Parameters,
     Settings,
     constant,
-    constants,
     sum_of_counts,
 )
 from gaussmix_kernels._prepass import Data
+from gaussmix_kernels._sizes import padded
 
-
-def kinds(d: int) -> tuple[str, ...]:
-    """The kinds of features to take, the fastest first."""
-    return ("squares",)
+# What its log-density is linear in, beside x and 1.
+QUADRATIC = "squares"
 
 
 def shape(k: int, d: int) -> tuple[int, ...]:
@@ -28,18 +27,17 @@ def shape(k: int, d: int) -> tuple[int, ...]:
     return (k, d)
 
 
-def fill(natural: Natural, parameters: Parameters, data: Data) -> None:
+def fill(natural: Natural, density: Density, data: Data) -> None:
     """Natural parameters in the features of `data`, where EM starts and for inference."""
-    d, ld = parameters.means.shape[1], data.hi.shape[1]
-    precisions = parameters.precision_cholesky**2
-    linear = precisions * parameters.means
+    d, ld = density.means.shape[1], data.hi.shape[1]
+    precisions = density.precision_cholesky**2
+    linear = precisions * density.means
     natural.products[:, :d] = linear / data.scale
     natural.products[:, ld : ld + d] = -0.5 * precisions / data.scale**2
-    log_det = parameters.precision_cholesky.log().sum(dim=1)
-    natural.constants.copy_(constants(parameters.weights, log_det, (linear * parameters.means).sum(dim=1), d))
+    natural.constants.copy_(density.log_offsets - 0.5 * (linear * density.means).sum(dim=1))
 
 
-def shared_log_density(parameters: Parameters, data: Data) -> float:
+def shared_log_density(density: Density, data: Data) -> float:
     """What all components share of the log-density of each row: (n,), or a number."""
     return 0.0
 
@@ -59,15 +57,8 @@ def _maximize_kernel(
     settings,
     scale,
     old_means,
-    weights,
-    means,
-    covariances,
-    factors,
-    products,
-    out_constants,
-    kappa,
-    ratio,
-    singular,
+    new,
+    natural,
     k,
     d,
     ld,
@@ -76,6 +67,8 @@ def _maximize_kernel(
     """The M-step of a component, and its natural parameters."""
     if tl.load(stop) != 0:
         return
+    weights, means, covariances, factors = new
+    products, constants, kappa, ratio, singular = natural
     component = tl.program_id(0).to(tl.int64)
     width = 2 * ld
     columns = tl.arange(0, D)
@@ -116,7 +109,7 @@ def _maximize_kernel(
     tl.store(products + component * width + ld + columns, -0.5 * precision / (s * s), mask=real)
     log_det = tl.sum(tl.where(real, tl.log(factor), 0.0))
     square = tl.sum(tl.where(real, linear * mean, 0.0))
-    tl.store(out_constants + component, constant(weight, log_det, d) - 0.5 * square)
+    tl.store(constants + component, constant(weight, log_det, d) - 0.5 * square)
     offset = mean * mean + tl.load(settings + FLOOR) / (s * s)
     tl.store(kappa + component, tl.sum(tl.where(real, 1 + precision * offset, 0.0)))
     tl.store(ratio + component, tl.max(tl.where(real, 1 + precision * offset, 0.0)))
@@ -136,7 +129,8 @@ def maximize(
     launch(
         _maximize_kernel,
         (k,),
-        *(stop, statistics, settings.tensor, data.scale, old.means, *vars(new).values()),
-        *(natural.products, natural.constants, natural.kappa, natural.ratio, natural.singular, k, d, data.hi.shape[1]),
+        *(stop, statistics, settings.tensor, data.scale, old.means, tuple(vars(new).values())),
+        (natural.products, natural.constants, natural.kappa, natural.ratio, natural.singular),
+        *(k, d, data.hi.shape[1]),
         D=padded(d),
     )

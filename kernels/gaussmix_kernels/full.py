@@ -7,30 +7,27 @@ import torch
 import triton
 import triton.language as tl
 
-from gaussmix_kernels._launch import launch, padded
+from gaussmix_kernels._launch import launch
 from gaussmix_kernels._parameters import (
     FLOOR,
     REGULARIZATION,
+    Density,
     Natural,
     Parameters,
     Settings,
     constant,
-    constants,
     factor,
     sum_of_counts,
     whitened_sums,
 )
 from gaussmix_kernels._prepass import Data
+from gaussmix_kernels._sizes import padded
 
-# Products of this many features fit in the registers that hold their sums.
-MOST_PRODUCT_FEATURES = 16
 # Rows of a covariance that a program computes, and columns of a factor that it reads at a time.
 ROWS = 16
 
-
-def kinds(d: int) -> tuple[str, ...]:
-    """The kinds of features to take, the fastest first."""
-    return ("products", "centred") if d <= MOST_PRODUCT_FEATURES else ("centred",)
+# What its log-density is linear in, beside x and 1.
+QUADRATIC = "products"
 
 
 def is_centred(width: int, ld: int) -> bool:
@@ -43,26 +40,25 @@ def shape(k: int, d: int) -> tuple[int, ...]:
     return (k, d, d)
 
 
-def fill(natural: Natural, parameters: Parameters, data: Data) -> None:
+def fill(natural: Natural, density: Density, data: Data) -> None:
     """Natural parameters in the features of `data`, where EM starts and for inference."""
-    (k, d), ld = parameters.means.shape, data.hi.shape[1]
-    cholesky, scale = parameters.precision_cholesky, data.scale
-    log_det = cholesky.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+    (k, d), ld = density.means.shape, data.hi.shape[1]
+    cholesky, scale = density.precision_cholesky, data.scale
     if is_centred(natural.products.shape[1], ld):
         natural.products.view(k, ld, ld)[:, :d, :d] = cholesky / scale[:, None]
-        natural.centres[:, :d] = parameters.means * scale
-        natural.constants.copy_(constants(parameters.weights, log_det, 0.0, d))
+        natural.centres[:, :d] = density.means * scale
+        natural.constants.copy_(density.log_offsets)
         return
     precision = cholesky @ cholesky.mT
-    linear = (precision @ parameters.means[:, :, None])[:, :, 0]
+    linear = (precision @ density.means[:, :, None])[:, :, 0]
     natural.products[:, :d] = linear / scale
     i, j = torch.triu_indices(d, d, device=scale.device)
     halves = torch.where(i == j, -0.5, -1.0) / (scale[i] * scale[j])
     natural.products[:, ld : ld + i.shape[0]] = precision[:, i, j] * halves
-    natural.constants.copy_(constants(parameters.weights, log_det, (linear * parameters.means).sum(dim=1), d))
+    natural.constants.copy_(density.log_offsets - 0.5 * (linear * density.means).sum(dim=1))
 
 
-def shared_log_density(parameters: Parameters, data: Data) -> float:
+def shared_log_density(density: Density, data: Data) -> float:
     """What all components share of the log-density of each row: (n,), or a number."""
     return 0.0
 
@@ -168,16 +164,9 @@ def _natural_kernel(
     stop,
     settings,
     scale,
-    weights,
-    means,
-    covariances,
-    factors,
+    new,
     log_det,
-    products,
-    out_constants,
-    centres,
-    kappa,
-    ratio,
+    natural,
     d,
     ld,
     D: tl.constexpr,
@@ -187,6 +176,8 @@ def _natural_kernel(
     """Natural parameters of a component."""
     if tl.load(stop) != 0:
         return
+    weights, means, covariances, factors = new
+    products, constants, centres, kappa, ratio = natural
     component = tl.program_id(0).to(tl.int64)
     factor = factors + component * d * d
     columns = tl.arange(0, D)
@@ -223,7 +214,7 @@ def _natural_kernel(
             u = tl.load(factor + columns[:, None] * d + some[None, :], mask=mask, other=0)
             tl.store(out + columns[:, None] * ld + some[None, :], u / s[:, None], mask=mask)
         tl.store(centres + component * ld + columns, mean * s, mask=real)
-    tl.store(out_constants + component, term)
+    tl.store(constants + component, term)
 
 
 def maximize(
@@ -248,7 +239,8 @@ def maximize(
     launch(
         _natural_kernel,
         (k,),
-        *(stop, settings.tensor, data.scale, *vars(new).values(), natural.log_det),
-        *(natural.products, natural.constants, natural.centres, natural.kappa, natural.ratio, d, ld),
+        *(stop, settings.tensor, data.scale, tuple(vars(new).values()), natural.log_det),
+        (natural.products, natural.constants, natural.centres, natural.kappa, natural.ratio),
+        *(d, ld),
         **tile,
     )

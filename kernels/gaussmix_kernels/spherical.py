@@ -4,23 +4,22 @@ import torch
 import triton
 import triton.language as tl
 
-from gaussmix_kernels._launch import launch, padded
+from gaussmix_kernels._launch import launch
 from gaussmix_kernels._parameters import (
     FLOOR,
     REGULARIZATION,
+    Density,
     Natural,
     Parameters,
     Settings,
     constant,
-    constants,
     sum_of_counts,
 )
 from gaussmix_kernels._prepass import Data
+from gaussmix_kernels._sizes import padded
 
-
-def kinds(d: int) -> tuple[str, ...]:
-    """The kinds of features to take, the fastest first."""
-    return ("norm",)
+# What its log-density is linear in, beside x and 1.
+QUADRATIC = "norm"
 
 
 def shape(k: int, d: int) -> tuple[int, ...]:
@@ -28,18 +27,17 @@ def shape(k: int, d: int) -> tuple[int, ...]:
     return (k,)
 
 
-def fill(natural: Natural, parameters: Parameters, data: Data) -> None:
+def fill(natural: Natural, density: Density, data: Data) -> None:
     """Natural parameters in the features of `data`, where EM starts and for inference."""
-    d = parameters.means.shape[1]
-    precisions = parameters.precision_cholesky**2
-    linear = precisions[:, None] * parameters.means
+    d = density.means.shape[1]
+    precisions = density.precision_cholesky**2
+    linear = precisions[:, None] * density.means
     natural.products[:, :d] = linear / data.scale
     natural.slopes.copy_(-0.5 * precisions)
-    log_det = d * parameters.precision_cholesky.log()
-    natural.constants.copy_(constants(parameters.weights, log_det, (linear * parameters.means).sum(dim=1), d))
+    natural.constants.copy_(density.log_offsets - 0.5 * (linear * density.means).sum(dim=1))
 
 
-def shared_log_density(parameters: Parameters, data: Data) -> float:
+def shared_log_density(density: Density, data: Data) -> float:
     """What all components share of the log-density of each row: (n,), or a number."""
     return 0.0
 
@@ -58,16 +56,8 @@ def _maximize_kernel(
     settings,
     scale,
     old_means,
-    weights,
-    means,
-    covariances,
-    factors,
-    products,
-    out_constants,
-    slopes,
-    kappa,
-    ratio,
-    singular,
+    new,
+    natural,
     k,
     d,
     ld,
@@ -76,6 +66,8 @@ def _maximize_kernel(
     """The M-step of a component, and its natural parameters."""
     if tl.load(stop) != 0:
         return
+    weights, means, covariances, factors = new
+    products, constants, slopes, kappa, ratio, singular = natural
     component = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, D)
     real = columns < d
@@ -112,7 +104,7 @@ def _maximize_kernel(
     tl.store(factors + component, factor)
     tl.store(products + component * ld + columns, precision * mean / s, mask=real)
     tl.store(slopes + component, -0.5 * precision)
-    tl.store(out_constants + component, constant(weight, d * tl.log(factor), d) - 0.5 * square)
+    tl.store(constants + component, constant(weight, d * tl.log(factor), d) - 0.5 * square)
     offset = tl.where(real, mean * mean + tl.load(settings + FLOOR) / (s * s), 0.0)
     tl.store(kappa + component, d + precision * tl.sum(offset))
     tl.store(ratio + component, 1 + precision * tl.max(offset))
@@ -132,17 +124,8 @@ def maximize(
     launch(
         _maximize_kernel,
         (k,),
-        *(stop, statistics, settings.tensor, data.scale, old.means, *vars(new).values()),
-        *(
-            natural.products,
-            natural.constants,
-            natural.slopes,
-            natural.kappa,
-            natural.ratio,
-            natural.singular,
-            k,
-            d,
-            data.hi.shape[1],
-        ),
+        *(stop, statistics, settings.tensor, data.scale, old.means, tuple(vars(new).values())),
+        (natural.products, natural.constants, natural.slopes, natural.kappa, natural.ratio, natural.singular),
+        *(k, d, data.hi.shape[1]),
         D=padded(d),
     )

@@ -8,28 +8,27 @@ import torch
 import triton
 import triton.language as tl
 
-from gaussmix_kernels._launch import launch, padded
+from gaussmix_kernels._launch import launch
 from gaussmix_kernels._parameters import (
     FLOOR,
     REGULARIZATION,
+    Density,
     Natural,
     Parameters,
     Settings,
     constant,
-    constants,
     factor,
     sum_of_counts,
     whitened_sums,
 )
-from gaussmix_kernels._prepass import SCATTER_ROWS, Data
+from gaussmix_kernels._prepass import Data
+from gaussmix_kernels._sizes import SCATTER_ROWS, padded
 
 # Rows of the covariance that a program computes.
 ROWS = 16
 
-
-def kinds(d: int) -> tuple[str, ...]:
-    """The kinds of features to take, the fastest first."""
-    return ("none",)
+# What its log-density is linear in, beside x and 1.
+QUADRATIC = "none"
 
 
 def shape(k: int, d: int) -> tuple[int, ...]:
@@ -37,20 +36,19 @@ def shape(k: int, d: int) -> tuple[int, ...]:
     return (d, d)
 
 
-def fill(natural: Natural, parameters: Parameters, data: Data) -> None:
+def fill(natural: Natural, density: Density, data: Data) -> None:
     """Natural parameters in the features of `data`, where EM starts and for inference."""
-    d, cholesky = parameters.means.shape[1], parameters.precision_cholesky
+    d, cholesky = density.means.shape[1], density.precision_cholesky
     precision = cholesky @ cholesky.T
-    linear = parameters.means @ precision
+    linear = density.means @ precision
     natural.products[:, :d] = linear / data.scale
-    square = (linear * parameters.means).sum(dim=1)
-    natural.constants.copy_(constants(parameters.weights, cholesky.diagonal().log().sum(), square, d))
+    natural.constants.copy_(density.log_offsets - 0.5 * (linear * density.means).sum(dim=1))
     natural.shared[0] = -0.5 * (precision * data.scatter).sum() / data.total
 
 
-def shared_log_density(parameters: Parameters, data: Data) -> torch.Tensor:
+def shared_log_density(density: Density, data: Data) -> torch.Tensor:
     """What all components share of the log-density of each row: (n,), or a number."""
-    factor = parameters.precision_cholesky / data.scale[:, None]
+    factor = density.precision_cholesky / data.scale[:, None]
     out = torch.empty(data.shape[0], dtype=torch.float64, device=data.hi.device)
     for start in range(0, data.shape[0], SCATTER_ROWS):
         rows = slice(start, start + SCATTER_ROWS)
@@ -98,17 +96,10 @@ def _means_kernel(
     statistics,
     settings,
     scale,
-    covariance,
-    factor,
-    log_det,
     old_means,
-    weights,
-    means,
-    products,
-    out_constants,
-    shared,
-    kappa,
-    ratio,
+    new,
+    log_det,
+    natural,
     k,
     d,
     ld,
@@ -117,6 +108,8 @@ def _means_kernel(
     """Weight, mean and natural parameters of a component."""
     if tl.load(stop) != 0:
         return
+    weights, means, covariance, factor = new
+    products, constants, shared, kappa, ratio = natural
     component = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, D)
     real = columns < d
@@ -136,7 +129,7 @@ def _means_kernel(
     tl.store(weights + component, weight)
     tl.store(means + component * d + columns, mean, mask=real)
     tl.store(products + component * ld + columns, linear / s, mask=real)
-    tl.store(out_constants + component, constant(weight, tl.load(log_det), d) - 0.5 * square)
+    tl.store(constants + component, constant(weight, tl.load(log_det), d) - 0.5 * square)
     tl.store(kappa + component, bound)
     tl.store(ratio + component, tl.max(1 + offset / variance))
     # tr(A T) / n = tr(A Sigma) - reg_covar tr(A) + sum_k pi_k mu_k^T A mu_k, and A Sigma is the identity.
@@ -166,8 +159,8 @@ def maximize(
     launch(
         _means_kernel,
         (k,),
-        *(stop, statistics, settings.tensor, data.scale, new.covariances, new.precision_cholesky, natural.log_det),
-        *(old.means, new.weights, new.means, natural.products, natural.constants, natural.shared),
-        *(natural.kappa, natural.ratio, k, d, ld),
+        *(stop, statistics, settings.tensor, data.scale, old.means, tuple(vars(new).values()), natural.log_det),
+        (natural.products, natural.constants, natural.shared, natural.kappa, natural.ratio),
+        *(k, d, ld),
         D=padded(d),
     )

@@ -7,62 +7,70 @@ size n x k exists unless the caller asked for one.
 
 import math
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 
-from gaussmix import _engine
 from gaussmix._arrays import array_namespace, asarray_like, device, working_dtype
 from gaussmix._covariance import Covariance
 from gaussmix._data import Rows
-from gaussmix._engine import Progress
-from gaussmix._parameters import Parameters, SufficientStatistics
+from gaussmix._density import Density
+from gaussmix._engine import Draw
+from gaussmix._guard import CENTRED, Form, Forms
+from gaussmix._parameters import SufficientStatistics
 from gaussmix._typing import Array
 
 # Elements of the (k, rows, d) array of a block, and of the (rows, k) and (rows, d) arrays of a block of k-means: 2 MiB
 # in float64, which a CPU's cache still holds.
 BLOCK_ELEMENTS = 2**18
+# Rows whose mean is taken at a time.
+BLOCK_ROWS = 2**13
 # What keeps a GPU busy.
 GPU_BLOCK_ELEMENTS = 2**25
 
 
-def log_prob(x: Array, parameters: Parameters, covariance: Covariance) -> Array:
-    """Log-density of each row under each component: (n, k)."""
-    xp = array_namespace(x)
-    return xp.matrix_transpose(_log_prob(_centred(x, parameters.means), parameters, covariance))
+def weighted_log_prob(x: Array, density: Density) -> Array:
+    """Log of each row's weighted density under each component: (k, n)."""
+    return _weighted_log_prob(_centred(x, density.means), density)
 
 
-def log_evidence(x: Array, parameters: Parameters, covariance: Covariance) -> Array:
+def log_evidence(x: Array, density: Density) -> Array:
     """Log-density of each row under the mixture: (n,)."""
-    return _log_sum_exp(_weighted_log_prob(_centred(x, parameters.means), parameters, covariance))
+    return _log_sum_exp(weighted_log_prob(x, density))
 
 
-def responsibilities(x: Array, parameters: Parameters, covariance: Covariance) -> Array:
+def responsibilities(x: Array, density: Density) -> Array:
     """Posterior probability of each component given the row: (n, k)."""
     xp = array_namespace(x)
-    weighted_log_prob = _weighted_log_prob(_centred(x, parameters.means), parameters, covariance)
-    log_responsibilities = weighted_log_prob - _log_sum_exp(weighted_log_prob)
-    return xp.matrix_transpose(xp.exp(log_responsibilities))
+    logits = weighted_log_prob(x, density)
+    return xp.matrix_transpose(xp.exp(logits - _log_sum_exp(logits)))
 
 
-def labels(x: Array, parameters: Parameters, covariance: Covariance) -> Array:
+def labels(x: Array, density: Density) -> Array:
     """The component of largest responsibility for each row: (n,)."""
-    xp = array_namespace(x)
-    return xp.argmax(_weighted_log_prob(_centred(x, parameters.means), parameters, covariance), axis=0)
+    return array_namespace(x).argmax(weighted_log_prob(x, density), axis=0)
 
 
-def expect(x: Array, weight: Array | None, parameters: Parameters, covariance: Covariance) -> SufficientStatistics:
+def expect(x: Array, weight: Array | None, density: Density, precision: str) -> SufficientStatistics:
     """The E-step: statistics of these rows about the components' means."""
     xp = array_namespace(x)
-    centred = _centred(x, parameters.means)
-    weighted_log_prob = _weighted_log_prob(centred, parameters, covariance)
-    evidence = _log_sum_exp(weighted_log_prob)
-    log_responsibilities = weighted_log_prob - evidence
+    centred = _centred(x, density.means)
+    logits = _weighted_log_prob(centred, density)
+    evidence = _log_sum_exp(logits)
+    log_responsibilities = logits - evidence
     # What would be subnormal is exactly zero: a component far from all rows then counts as empty and keeps its place.
     floor = math.log(float(xp.finfo(x.dtype).smallest_normal))
     r = xp.where(log_responsibilities > floor, xp.exp(log_responsibilities), 0)
-    return _statistics(parameters.means, centred, r, weight, covariance, evidence)
+    return _statistics(density.means, centred, r, weight, density.covariance, evidence, precision)
 
 
 def _statistics(
-    origin: Array, centred: Array, r: Array, weight: Array | None, covariance: Covariance, evidence: Array
+    origin: Array,
+    centred: Array,
+    r: Array,
+    weight: Array | None,
+    covariance: Covariance,
+    evidence: Array,
+    precision: str,
 ) -> SufficientStatistics:
     """Statistics of rows with responsibilities r (k, n) about `origin`, `centred` on it, with these log-evidences."""
     xp = array_namespace(centred)
@@ -75,6 +83,7 @@ def _statistics(
         first_moments=xp.sum(weighted, axis=1),
         second_moments=covariance.second_moments(weighted, centred),
         log_likelihood=xp.sum(evidence),
+        precision=precision,
     )
 
 
@@ -94,99 +103,86 @@ def one_hot(labels: Array, like: Array, k: int) -> Array:
     return xp.astype(labels[:, None] == components, like.dtype)
 
 
-class Engine:
-    """EM and inference on one data set for one covariance type."""
+def distances(block: "Block", centroids: Array) -> Array:
+    """Distance of each row to each centroid: (n, k)."""
+    norm = array_namespace(centroids).linalg.vector_norm
+    return block.map(lambda x: norm(x[:, None, :] - centroids[None, :, :], axis=2), math.prod(centroids.shape))
+
+
+class Block:
+    """Rows in memory, in whatever library."""
 
     hints: Array | None = None
 
-    def __init__(self, rows: Rows, covariance: Covariance, reg_covar: float, middle: Array | None = None) -> None:
-        self.rows, self.covariance, self.reg_covar, self._middle = rows, covariance, reg_covar, middle
+    def __init__(self, rows: Rows, middle: Array | None = None) -> None:
+        self.rows, self._middle = rows, middle
         xp = array_namespace(rows.array)
         self.backend = f"array_api:{xp.__name__.rpartition('.')[2]}"
-        self.precision = "centred-float64" if working_dtype(rows.array) == xp.float64 else "centred-float32"
-        # There is nothing more exact to fall back to.
-        self.forms = (self.precision,)
+        self._form = CENTRED if working_dtype(rows.array) == xp.float64 else Form("centred-float32", exact=False)
 
-    def on(self, rows: Rows) -> "Engine":
-        """The engine for other rows."""
-        return Engine(rows, self.covariance, self.reg_covar, self._middle)
+    @property
+    def shift(self) -> Array:
+        """Where rows are drawn for, the middle of the data set."""
+        return self.rows.mean(BLOCK_ROWS) if self._middle is None else self._middle
 
-    def is_exact_for(self, parameters: Parameters) -> bool:
-        """Always."""
-        return True
+    def floor(self) -> float:
+        """Nothing is left out."""
+        return 0.0
 
-    def fall_back(self, reason: str) -> None:
-        """There is nothing to fall back to."""
-        raise NotImplementedError(reason)
+    def forms(self, covariance: Covariance) -> Forms:
+        """The only one: there is nothing more exact."""
+        return (self._form,)
 
-    def assign(self, means: Array, origin: Array) -> SufficientStatistics:
+    def assign(self, means: Array, origin: Array, covariance: Covariance, form: Form) -> SufficientStatistics:
         """Statistics about `origin` (k, d) of the rows that are nearest to each of `means` (k, d)."""
-        return self._assigned(origin, lambda x: one_hot(nearest(x, means), x, means.shape[0]))
+        return self._assigned(origin, covariance, lambda x: one_hot(nearest(x, means), x, means.shape[0]))
 
-    def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:
-        """Statistics for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
-        d = self.rows.shape[1]
-        middle = self.rows.mean(self.block_size(k)) if self._middle is None else self._middle
-        origin = array_namespace(middle).broadcast_to(middle, (k, d))
-        return self._assigned(origin, lambda x: asarray_like(draw(x.shape[0]), x))
+    def spread(self, draw: Draw, k: int, covariance: Covariance) -> SufficientStatistics:
+        """Statistics for the responsibilities that `draw` gives."""
+        middle = self.rows.mean(self._block_size(k * self.rows.shape[1])) if self._middle is None else self._middle
+        origin = array_namespace(middle).broadcast_to(middle, (k, self.rows.shape[1]))
+        return self._assigned(origin, covariance, lambda x: asarray_like(draw(x.shape[0]), x))
 
-    def _assigned(self, origin: Array, assign: Callable[[Array], Array]) -> SufficientStatistics:
+    def _assigned(
+        self, origin: Array, covariance: Covariance, assign: Callable[[Array], Array]
+    ) -> SufficientStatistics:
         xp = array_namespace(origin)
 
         def statistics(x: Array, weight: Array | None) -> SufficientStatistics:
             no_evidence = xp.zeros(x.shape[0], dtype=x.dtype, device=device(x))
             r = xp.matrix_transpose(assign(x))
-            return _statistics(origin, _centred(x, origin), r, weight, self.covariance, no_evidence)
+            precision = self._form.precision
+            return _statistics(origin, _centred(x, origin), r, weight, covariance, no_evidence, precision)
 
         return self._sum(statistics, origin.shape[0])
 
-    def advance(self, parameters: Parameters, *, at_most: int, previous: float, tolerance: float) -> Progress:
-        """Up to `at_most` EM iterations; stops where a lower bound is within `tolerance` of the one before."""
-        return _engine.advance(self, parameters, at_most=at_most, previous=previous, tolerance=tolerance)
+    def expect(self, density: Density, form: Form) -> SufficientStatistics:
+        """The E-step: statistics of all rows."""
+        precision = self._form.precision
+        return self._sum(lambda x, weight: expect(x, weight, density, precision), density.means.shape[0])
 
-    def expect(self, parameters: Parameters) -> SufficientStatistics:
-        """Statistics of all rows."""
-        k = parameters.weights.shape[0]
-        return self._sum(lambda x, weight: expect(x, weight, parameters, self.covariance), k)
-
-    def log_evidence(self, parameters: Parameters) -> Array:
+    def log_evidence(self, density: Density) -> Array:
         """Log-density of each row under the mixture: (n,)."""
-        return self._map(log_evidence, parameters)
+        return self._infer(log_evidence, density)
 
-    def responsibilities(self, parameters: Parameters) -> Array:
+    def responsibilities(self, density: Density) -> Array:
         """Posterior probability of each component given the row: (n, k)."""
-        return self._map(responsibilities, parameters)
+        return self._infer(responsibilities, density)
 
-    def labels(self, parameters: Parameters) -> Array:
+    def labels(self, density: Density) -> Array:
         """The component of largest responsibility for each row: (n,)."""
-        return self._map(labels, parameters)
+        return self._infer(labels, density)
 
-    def _map(self, function: Callable[[Array, Parameters, Covariance], Array], parameters: Parameters) -> Array:
-        xp = array_namespace(self.rows.array)
-        size = self.block_size(parameters.weights.shape[0])
-        return xp.concat([function(x, parameters, self.covariance) for x, _ in self.rows.blocks(size)])
+    def _infer(self, function: Callable[[Array, Density], Array], density: Density) -> Array:
+        return self.map(lambda x: function(x, density), math.prod(density.means.shape))
 
     def _sum(self, function: Callable[[Array, Array | None], SufficientStatistics], k: int) -> SufficientStatistics:
-        blocks = self.rows.blocks(self.block_size(k))
-        total = function(*next(blocks))
-        for x, weight in blocks:
-            total = total + function(x, weight)
-        return total
+        blocks = self.rows.blocks(self._block_size(k * self.rows.shape[1]))
+        return reduce(add, (function(x, weight) for x, weight in blocks))
 
-    def block_size(self, k: int) -> int:
-        """Rows of a block."""
-        return _block_size(self.rows.array, k * self.rows.shape[1])
-
-
-class Clusters:
-    """k-means on one data set."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-
-    def labels(self, centroids: Array) -> Array:
+    def nearest(self, centroids: Array) -> Array:
         """The centroid nearest to each row, the first of equals: (n,)."""
-        return self._map(lambda x: nearest(x, centroids), self._block_size(centroids.shape[0]))
+        return self.map(lambda x: nearest(x, centroids), sum(centroids.shape))
 
     def squared_distances(self, centroids: Array) -> Array:
         """Squared distance of each row to the nearest centroid: (n,)."""
@@ -196,34 +192,30 @@ class Clusters:
             offset = x - xp.take(centroids, nearest(x, centroids), axis=0)
             return xp.sum(offset * offset, axis=1)
 
-        return self._map(squared, self._block_size(centroids.shape[0]))
+        return self.map(squared, sum(centroids.shape))
 
-    def distances(self, centroids: Array) -> Array:
-        """Distance of each row to each centroid: (n, k)."""
-        norm = array_namespace(centroids).linalg.vector_norm
-        size = _block_size(centroids, math.prod(centroids.shape))
-        return self._map(lambda x: norm(x[:, None, :] - centroids[None, :, :], axis=2), size)
-
-    def sums(self, centroids: Array, origin: Array) -> tuple[Array, Array]:
-        """Weight of the rows that are nearest to each centroid (k,), and the sums of their x - origin (k, d)."""
-        xp = array_namespace(centroids)
-        k = centroids.shape[0]
-        counts, sums = xp.zeros_like(centroids[:, 0]), xp.zeros_like(centroids)
-        for x, weight in self.rows.blocks(self._block_size(k)):
+    def sums(self, centroids: Array, origin: Array) -> Array:
+        """Sums of x - origin over the rows nearest to each centroid, with their weight as last column: (k, d + 1)."""
+        xp, (k, d) = array_namespace(centroids), centroids.shape
+        counts, sums = xp.zeros_like(centroids[:, :1]), xp.zeros_like(centroids)
+        for x, weight in self.rows.blocks(self._block_size(k + d)):
             assigned = xp.matrix_transpose(one_hot(nearest(x, centroids), x, k))
             if weight is not None:
                 assigned = assigned * weight
-            counts = counts + xp.sum(assigned, axis=1)
+            counts = counts + xp.sum(assigned, axis=1, keepdims=True)
             sums = sums + xp.matmul(assigned, x - origin)
-        return counts, sums
+        return xp.concat([sums, counts], axis=1)
 
-    def _map(self, function: Callable[[Array], Array], size: int) -> Array:
-        # Without weights: rows of weight 0 have distances as well.
-        blocks = Rows(self.rows.array, None, self.rows.batch_size).blocks(size)
+    def map(self, function: Callable[[Array], Array], elements: int) -> Array:
+        """`function` of blocks of rows, of so many elements for each row, for all rows."""
+        # Without weights: rows of weight 0 have values as well.
+        blocks = Rows(self.rows.array, None, self.rows.batch_size).blocks(self._block_size(elements))
         return array_namespace(self.rows.array).concat([function(x) for x, _ in blocks])
 
-    def _block_size(self, k: int) -> int:
-        return _block_size(self.rows.array, k + self.rows.shape[1])
+    def _block_size(self, elements: int) -> int:
+        """Rows of a block, of so many elements each, on the device of the rows."""
+        on_gpu = "cuda" in str(device(self.rows.array)).lower()
+        return max(1, (GPU_BLOCK_ELEMENTS if on_gpu else BLOCK_ELEMENTS) // elements)
 
 
 def _centred(x: Array, means: Array) -> Array:
@@ -231,21 +223,9 @@ def _centred(x: Array, means: Array) -> Array:
     return x[None, :, :] - means[:, None, :]
 
 
-def _log_prob(centred: Array, parameters: Parameters, covariance: Covariance) -> Array:
-    """Log-density of each row under each component: (k, n)."""
-    xp = array_namespace(centred)
-    d = centred.shape[2]
-    log_det = covariance.log_det(parameters.precision_cholesky, d)
-    mahalanobis = covariance.mahalanobis(centred, parameters.precision_cholesky)
-    return xp.reshape(log_det, (-1, 1)) - 0.5 * (d * math.log(2 * math.pi) + mahalanobis)
-
-
-def _weighted_log_prob(centred: Array, parameters: Parameters, covariance: Covariance) -> Array:
-    """Log pi_k + log_prob: (k, n)."""
-    xp = array_namespace(centred)
-    positive = parameters.weights > 0
-    log_weights = xp.where(positive, xp.log(xp.where(positive, parameters.weights, 1)), -xp.inf)
-    return log_weights[:, None] + _log_prob(centred, parameters, covariance)
+def _weighted_log_prob(centred: Array, density: Density) -> Array:
+    mahalanobis = density.covariance.mahalanobis(centred, density.precision_cholesky)
+    return density.log_offsets[:, None] - 0.5 * mahalanobis
 
 
 def _log_sum_exp(weighted_log_prob: Array) -> Array:
@@ -253,9 +233,3 @@ def _log_sum_exp(weighted_log_prob: Array) -> Array:
     xp = array_namespace(weighted_log_prob)
     largest = xp.max(weighted_log_prob, axis=0)
     return largest + xp.log(xp.sum(xp.exp(weighted_log_prob - largest), axis=0))
-
-
-def _block_size(x: Array, elements: int) -> int:
-    """Rows of a block, of so many elements each, on the device of x."""
-    on_gpu = "cuda" in str(device(x)).lower()
-    return max(1, (GPU_BLOCK_ELEMENTS if on_gpu else BLOCK_ELEMENTS) // elements)

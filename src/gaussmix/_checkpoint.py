@@ -8,7 +8,7 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,11 +18,10 @@ import numpy as np
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
 from gaussmix._distributed import Group
-from gaussmix._em import Callback, EMResult, is_converged, return_to, run_em
-from gaussmix._engine import Fitting
+from gaussmix._em import EMResult
 from gaussmix._files import as_path, damaged, locked, read_arrays, replace, with_arrays
 from gaussmix._parameters import Parameters
-from gaussmix._validation import check_integer
+from gaussmix._validation import check_integer, check_mixture
 
 # 1 did not say which rows and settings it was of.
 FORMAT = 2
@@ -31,7 +30,7 @@ PARAMETERS = ("weights", "means", "covariances", "precision_cholesky")
 FORMS = re.compile(r"(centred|expanded)-float(16x3|32|64)")
 # What of an identity is a fingerprint.
 DATA = "the data or its weights"
-REMOVE_IT = "remove it to start anew, or pass another path"
+REMOVE_IT = "pass another path, or remove it to start anew"
 
 T = TypeVar("T")
 
@@ -41,7 +40,6 @@ class State:
     """Where a fit stands."""
 
     reached: EMResult  # in the start that is under way
-    form: str  # of its E-step
     start: int = 0  # how many starts are done
     best: EMResult | None = None  # of those
     random_state: np.random.RandomState | None = None  # after the draws of the start that is under way
@@ -76,7 +74,7 @@ class Checkpoint:
 
     def _write(self, state: State) -> None:
         arrays = _arrays("reached", state.reached)
-        metadata: dict[str, Any] = {"format": FORMAT, "identity": self._identity, "form": state.form}
+        metadata: dict[str, Any] = {"format": FORMAT, "identity": self._identity, "form": state.reached.form}
         metadata |= {"start": state.start, "reached": state.reached.lower_bounds}
         if state.best is not None:
             arrays |= _arrays("best", state.best)
@@ -166,7 +164,8 @@ def _state(arrays: dict[str, Any], metadata: dict[str, Any]) -> State:
     _require(FORMS.fullmatch(metadata["form"]) is not None, "the form of the E-step")
     best = _result("best", arrays, metadata) if "best" in metadata else None
     random_state = _generator(arrays, metadata["random_state"]) if "random_state" in metadata else None
-    return State(_result("reached", arrays, metadata), metadata["form"], start, best, random_state)
+    reached = dataclasses.replace(_result("reached", arrays, metadata), form=metadata["form"])
+    return State(reached, start, best, random_state)
 
 
 def _result(prefix: str, arrays: dict[str, Any], metadata: dict[str, Any]) -> EMResult:
@@ -176,14 +175,12 @@ def _result(prefix: str, arrays: dict[str, Any], metadata: dict[str, Any]) -> EM
     parameters = Parameters(*(arrays[f"{prefix}.{name}"] for name in PARAMETERS))
     k, d = identity.get("num_components", identity.get("n_components")), identity["shape"][1]
     covariance = COVARIANCES[identity["covariance_type"]]
-    stored = covariance.shape(k, d)
-    for name, shape in zip(PARAMETERS, ((k,), (k, d), stored, stored), strict=True):
-        value = getattr(parameters, name)
-        _require(value.shape == shape and value.dtype == np.float64 and np.isfinite(value).all(), name)
-    weights = parameters.weights
-    _require(weights.min() >= 0 and abs(weights.sum() - 1) < 1e-4, "the sum of the weights")
-    for value in (parameters.covariances, parameters.precision_cholesky):
-        _require(covariance.variances(value).min() > 0, "the sign of variances")
+    _require(parameters.means.shape == (k, d), "the number of components or features")
+    check_mixture(parameters.weights, parameters.means, parameters.precision_cholesky, covariance, 1e-4)
+    _require(all(value.dtype == np.float64 for value in vars(parameters).values()), "the dtype")
+    covariances = parameters.covariances
+    _require(covariances.shape == covariance.shape(k, d) and np.isfinite(covariances).all(), "the covariances")
+    _require(covariance.variances(covariances).min() > 0, "the sign of variances")
     return EMResult(parameters, bounds, converged=False)
 
 
@@ -232,56 +229,3 @@ def opened(
 
         state = checkpoint.in_first(begin)
         yield checkpoint, state if group is None else group.from_first(state)
-
-
-def run(
-    engine: Fitting,
-    start: Callable[[], Parameters],
-    *,
-    tolerance: float,
-    max_iter: int,
-    previous: float = -math.inf,
-    callbacks: Sequence[Callback] = (),
-    checkpoint: Checkpoint | None = None,
-    state: State | None = None,
-    noted: Callable[[EMResult, str], State] = State,
-) -> EMResult:
-    """`run_em` from a start, or from where `state` stands, noted in a checkpoint.
-
-    `noted` makes a state of how far EM has come and of the form that it is in.
-    """
-    if state is None:
-        reached = EMResult(start(), [], converged=False)
-    else:
-        parameters = state.reached.parameters.moved(engine.rows.like, engine.rows.dtype)
-        reached = dataclasses.replace(
-            state.reached,
-            parameters=parameters,
-            converged=is_converged(state.reached.lower_bounds, tolerance, previous),
-        )
-        return_to(engine, state.form)
-    bounds = list(reached.lower_bounds)
-
-    def note(result: EMResult) -> None:
-        if checkpoint is not None:
-            checkpoint.save(noted(result, engine.forms[0]))
-
-    def note_sometimes(iteration: int, bound: float, parameters: Parameters) -> None:
-        bounds.append(bound)
-        if checkpoint is not None and iteration % checkpoint.every == 0:
-            note(EMResult(parameters, list(bounds), converged=False))
-
-    note(reached)
-    if reached.converged:
-        return reached
-    reached = run_em(
-        engine,
-        reached.parameters,
-        tolerance=tolerance,
-        max_iter=max_iter,
-        previous=previous,
-        history=reached.lower_bounds,
-        callbacks=callbacks if checkpoint is None else [note_sometimes, *callbacks],
-    )
-    note(reached)
-    return reached

@@ -1,4 +1,4 @@
-"""The one place of a covariance type: Full, Tied, Diag and Spherical.
+"""The one place of a covariance type: Full, Tied, Diag, TiedDiag and Spherical.
 
 Everything that depends on how a covariance is stored is a method here; the rest of the library calls the method and
 never asks for the type. Shapes are written with n rows, k components and d features. `covariances` stands for the
@@ -6,12 +6,11 @@ stored form (`shape`), `precision_cholesky` for U = L^-T with L L^T = Sigma, in 
 
 `centred` is x_i - mu_k for every component: (k, n, d). Components lead, so that each is one matrix product.
 
-The last group of methods describes the log-density as a linear function of features of x: [1, x, quadratic features],
-and the statistics as their weighted sums. It is exact as long as `kappa` times the rounding unit is small.
+Mathematics only: how the quadratic features that `quadratic` names lie in memory is for `_features` and the kernels to
+know.
 """
 
 from abc import ABC, abstractmethod
-from functools import cache
 
 import numpy as np
 
@@ -23,10 +22,21 @@ class Covariance(ABC):
     """How the covariances of k components over d features are stored, estimated and used."""
 
     name: str
+    # Which quadratic features of x the log-density is linear in, beside 1 and x: "products" x_i x_j, "squares" x_i^2,
+    # their "norm"; "none" where the quadratic term is the same for all components.
+    quadratic: str
+    # Whether all components have one covariance, whose second moments are one sum over all of them.
+    shares_moments = False
+    # Whether what is stored are matrices, which have to be symmetric.
+    has_matrices = False
 
     @abstractmethod
     def shape(self, k: int, d: int) -> tuple[int, ...]:
         """Shape of the stored covariances."""
+
+    def moments_shape(self, k: int, d: int) -> tuple[int, ...]:
+        """Shape of the second moments."""
+        return self.shape(k, d)
 
     @abstractmethod
     def n_parameters(self, k: int, d: int) -> int:
@@ -84,22 +94,6 @@ class Covariance(ABC):
         """Standard normal rows (n, d) to rows with the component's covariance."""
 
     @abstractmethod
-    def n_quadratic(self, d: int) -> int:
-        """Number of quadratic features, q. 0 where the quadratic term is the same for all components."""
-
-    @abstractmethod
-    def write_quadratic(self, x: Array, out: Array) -> None:
-        """Quadratic features of the columns of x (d, b), into `out` (q, b); NumPy arrays."""
-
-    @abstractmethod
-    def quadratic_coefficients(self, precision_cholesky: Array, d: int) -> Array:
-        """What the log-density multiplies the quadratic features with: (k, q)."""
-
-    @abstractmethod
-    def unpack_quadratic(self, sums: Array, d: int) -> Array:
-        """Second moments from the weighted sums of the quadratic features (k, q), where there are any."""
-
-    @abstractmethod
     def precision_times(self, vectors: Array, precision_cholesky: Array) -> Array:
         """Sigma_k^-1 v_k: (k, d)."""
 
@@ -118,10 +112,6 @@ class Covariance(ABC):
     @abstractmethod
     def norm(self, covariances: Array) -> Array:
         """An upper bound on the largest eigenvalue of each covariance: (k,), or a scalar where all share it."""
-
-    def shared_quadratic(self, x: Array, precision_cholesky: Array) -> Array | None:
-        """Term -x^T A x / 2 of the columns of x (d, b) that all components share, (b,); None where there is none."""
-        return None
 
     def mahalanobis(self, centred: Array, precision_cholesky: Array) -> Array:
         """Squared Mahalanobis distances: (k, n)."""
@@ -150,9 +140,20 @@ class Covariance(ABC):
 
     def first_singular(self, precision_cholesky: Array) -> int | None:
         """The first component whose factor is not finite; None where all components share one factor."""
+        if self.shares_moments:
+            return None
         xp = array_namespace(precision_cholesky)
         finite = xp.all(xp.reshape(xp.isfinite(precision_cholesky), (precision_cholesky.shape[0], -1)), axis=1)
         return int(xp.argmin(xp.astype(finite, xp.int64)))
+
+    @property
+    def sklearn_name(self) -> str:
+        """What scikit-learn calls the type, or one that has it as a special case."""
+        return self.name
+
+    def for_sklearn(self, values: Array, k: int) -> Array:
+        """Covariances or factors of k components as scikit-learn stores them for `sklearn_name`."""
+        return values
 
     def _is_symmetric(self, covariances: Array) -> Array:
         return True
@@ -160,6 +161,8 @@ class Covariance(ABC):
 
 class _Matrices(Covariance):
     """What full and tied share: (..., d, d) matrices, one for each component or one for all."""
+
+    has_matrices = True
 
     def regularize(self, covariances: Array, reg_covar: float) -> Array:
         xp = array_namespace(covariances)
@@ -224,6 +227,7 @@ class Full(_Matrices):
     """One matrix for each component."""
 
     name = "full"
+    quadratic = "products"
 
     def shape(self, k: int, d: int) -> tuple[int, ...]:
         return (k, d, d)
@@ -247,34 +251,13 @@ class Full(_Matrices):
     def colorize(self, noise: Array, precision_cholesky: Array, component: int) -> Array:
         return _solve_rows(noise, precision_cholesky[component, :, :])
 
-    def n_quadratic(self, d: int) -> int:
-        return d * (d + 1) // 2
-
-    def write_quadratic(self, x: Array, out: Array) -> None:
-        # Shift by shift, x_i x_{i+s}: one call for all shifts, since threads that make many short ones wait for Python.
-        d, b = x.shape
-        n_shifts = (d + 1) // 2
-        cyclic = np.concatenate([x, x[: d // 2]])
-        shifted = np.lib.stride_tricks.sliding_window_view(cyclic, d, axis=0)[:n_shifts].swapaxes(1, 2)
-        np.multiply(x, shifted, out=out[: n_shifts * d].reshape(n_shifts, d, b))
-        if d % 2 == 0:
-            np.multiply(x[: d // 2], x[d // 2 :], out=out[n_shifts * d :])
-
-    def quadratic_coefficients(self, precision_cholesky: Array, d: int) -> Array:
-        i, j = _cyclic_pairs(d)
-        return np.where(i == j, -0.5, -1.0) * self.square(precision_cholesky)[:, i, j]
-
-    def unpack_quadratic(self, sums: Array, d: int) -> Array:
-        i, j = _cyclic_pairs(d)
-        moments = np.empty((sums.shape[0], d, d), dtype=sums.dtype)
-        moments[:, i, j] = moments[:, j, i] = sums
-        return moments
-
 
 class Tied(_Matrices):
     """One matrix for all components."""
 
     name = "tied"
+    quadratic = "none"
+    shares_moments = True
 
     def shape(self, k: int, d: int) -> tuple[int, ...]:
         return (d, d)
@@ -300,29 +283,9 @@ class Tied(_Matrices):
     def colorize(self, noise: Array, precision_cholesky: Array, component: int) -> Array:
         return _solve_rows(noise, precision_cholesky)
 
-    def n_quadratic(self, d: int) -> int:
-        return 0
-
-    def write_quadratic(self, x: Array, out: Array) -> None:
-        pass
-
-    def quadratic_coefficients(self, precision_cholesky: Array, d: int) -> Array:
-        return np.zeros((1, 0))
-
-    def unpack_quadratic(self, sums: Array, d: int) -> Array:
-        raise NotImplementedError("the total scatter is computed once for a data set")
-
-    def shared_quadratic(self, x: Array, precision_cholesky: Array) -> Array | None:
-        whitened = precision_cholesky.T @ x
-        whitened *= whitened
-        return -0.5 * whitened.sum(axis=0)
-
-    def first_singular(self, precision_cholesky: Array) -> int | None:
-        return None
-
 
 class _Variances(Covariance):
-    """What diag and spherical share: variances, whose factors are elementwise."""
+    """What diag, tied_diag and spherical share: variances, whose factors are elementwise."""
 
     def regularize(self, covariances: Array, reg_covar: float) -> Array:
         return covariances + reg_covar
@@ -346,6 +309,7 @@ class Diag(_Variances):
     """One variance for each component and feature."""
 
     name = "diag"
+    quadratic = "squares"
 
     def shape(self, k: int, d: int) -> tuple[int, ...]:
         return (k, d)
@@ -375,18 +339,6 @@ class Diag(_Variances):
     def colorize(self, noise: Array, precision_cholesky: Array, component: int) -> Array:
         return noise / precision_cholesky[component, :]
 
-    def n_quadratic(self, d: int) -> int:
-        return d
-
-    def write_quadratic(self, x: Array, out: Array) -> None:
-        np.multiply(x, x, out=out)
-
-    def quadratic_coefficients(self, precision_cholesky: Array, d: int) -> Array:
-        return -0.5 * self.square(precision_cholesky)
-
-    def unpack_quadratic(self, sums: Array, d: int) -> Array:
-        return sums
-
     def variances(self, covariances: Array) -> Array:
         return covariances
 
@@ -401,10 +353,67 @@ class Diag(_Variances):
         return xp.sum(self.square(precision_cholesky) * (covariances + offsets * offsets), axis=-1)
 
 
+class TiedDiag(_Variances):
+    """One variance for each feature, shared by all components: EEI in mclust."""
+
+    name = "tied_diag"
+    quadratic = "none"
+    shares_moments = True
+
+    def shape(self, k: int, d: int) -> tuple[int, ...]:
+        return (d,)
+
+    def n_parameters(self, k: int, d: int) -> int:
+        return d
+
+    def second_moments(self, weighted: Array, centred: Array) -> Array:
+        return array_namespace(centred).sum(weighted * centred, axis=(0, 1))
+
+    def recentre(self, second_moments: Array, counts: Array, shifts: Array) -> Array:
+        return second_moments - array_namespace(shifts).sum(counts[:, None] * shifts * shifts, axis=0)
+
+    def estimate(self, second_moments: Array, counts: Array, d: int) -> Array:
+        return second_moments / array_namespace(counts).sum(counts)
+
+    def scatter(self, covariances: Array, counts: Array, d: int) -> Array:
+        return covariances * array_namespace(counts).sum(counts)
+
+    def log_det(self, precision_cholesky: Array, d: int) -> Array:
+        xp = array_namespace(precision_cholesky)
+        return xp.sum(xp.log(precision_cholesky))
+
+    def whiten(self, centred: Array, precision_cholesky: Array) -> Array:
+        return centred * precision_cholesky
+
+    def colorize(self, noise: Array, precision_cholesky: Array, component: int) -> Array:
+        return noise / precision_cholesky
+
+    def variances(self, covariances: Array) -> Array:
+        return covariances
+
+    def norm(self, covariances: Array) -> Array:
+        return array_namespace(covariances).max(covariances)
+
+    def precision_times(self, vectors: Array, precision_cholesky: Array) -> Array:
+        return self.square(precision_cholesky) * vectors
+
+    def kappa(self, covariances: Array, precision_cholesky: Array, offsets: Array) -> Array:
+        xp = array_namespace(offsets)
+        return xp.sum(self.square(precision_cholesky) * (covariances + offsets * offsets), axis=-1)
+
+    @property
+    def sklearn_name(self) -> str:
+        return "diag"
+
+    def for_sklearn(self, values: Array, k: int) -> Array:
+        return array_namespace(values).broadcast_to(values, (k, values.shape[0]))
+
+
 class Spherical(_Variances):
     """One variance for each component, the same for all features."""
 
     name = "spherical"
+    quadratic = "norm"
 
     def shape(self, k: int, d: int) -> tuple[int, ...]:
         return (k,)
@@ -433,18 +442,6 @@ class Spherical(_Variances):
     def colorize(self, noise: Array, precision_cholesky: Array, component: int) -> Array:
         return noise / precision_cholesky[component]
 
-    def n_quadratic(self, d: int) -> int:
-        return 1
-
-    def write_quadratic(self, x: Array, out: Array) -> None:
-        np.einsum("db,db->b", x, x, out=out[0])
-
-    def quadratic_coefficients(self, precision_cholesky: Array, d: int) -> Array:
-        return -0.5 * self.square(precision_cholesky)[:, None]
-
-    def unpack_quadratic(self, sums: Array, d: int) -> Array:
-        return sums[:, 0]
-
     def variances(self, covariances: Array) -> Array:
         return covariances[:, None]
 
@@ -459,7 +456,7 @@ class Spherical(_Variances):
         return self.square(precision_cholesky) * xp.sum(covariances[:, None] + offsets * offsets, axis=-1)
 
 
-COVARIANCES: dict[str, Covariance] = {c.name: c for c in (Full(), Tied(), Diag(), Spherical())}
+COVARIANCES: dict[str, Covariance] = {c.name: c for c in (Full(), Tied(), Diag(), TiedDiag(), Spherical())}
 
 
 def _cholesky_or_nan(matrices: Array) -> Array:
@@ -485,13 +482,6 @@ def _inverse(triangular: Array) -> Array:
     eye = xp.eye(triangular.shape[-1], dtype=triangular.dtype, device=device(triangular))
     # The standard has no triangular solve; this runs once an iteration on k small matrices.
     return xp.linalg.solve(triangular, xp.broadcast_to(eye, triangular.shape))
-
-
-@cache
-def _cyclic_pairs(d: int) -> tuple[Array, Array]:
-    """Indices i, j of the products x_i x_j with each pair once: j = i + s modulo d for one shift s after the other."""
-    s, i = np.divmod(np.arange(d * (d + 1) // 2), d)
-    return i, (i + s) % d
 
 
 def _symmetrized(matrices: Array) -> Array:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, TypeVar
 
 import dask
 import dask.array as da
@@ -21,23 +21,25 @@ import numpy as np
 from dask.delayed import delayed
 from sklearn.utils.random import sample_without_replacement
 
-from gaussmix import _engine
 from gaussmix._arrays import array_namespace, asarray_like, device, to_numpy, working_dtype
 from gaussmix._data import Mapping, Rows, Stream, fingerprint, slices
-from gaussmix._engine import BlockEngine, Summed
-from gaussmix._numpy import on_one_thread
-from gaussmix._parameters import Parameters, SufficientStatistics
+from gaussmix._engine import Block, Draw
+from gaussmix._parameters import SufficientStatistics
+from gaussmix._threads import on_one_thread
 from gaussmix._typing import Array
 from gaussmix._warnings import warn_user
 
 # Results that one task of the tree adds up.
 SPLIT_EVERY = 8
-# Random numbers that are drawn at a time.
-DRAWN = 2**20
+# Rows whose responsibilities are drawn at a time.
+DRAWN_ROWS = 2**12
 # A task takes Dask 2 to 4 ms. So many of them, on blocks smaller than this, take longer than their work.
 MANY_BLOCKS, SMALL_BYTES, GOOD_BYTES = 200, 2**20, 2**26
 # Statistics of all blocks, in bytes, that a cluster may not have room for where the data itself is smaller.
 STATISTICS_BYTES = 2**30
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -336,110 +338,59 @@ def _warn_of_small_blocks(X: Any) -> None:
         )
 
 
-class Engine(Summed):
-    """EM on one data set for one covariance type; predictions are `predictions`."""
+class InTasks:
+    """The blocks of a Dask array, by the workers that have them."""
 
-    rows: DaskRows
-    _precision: str | None = None
-    _has_warned = False
+    def __init__(self, rows: DaskRows, make: Callable[[Rows], Block]) -> None:
+        self._rows, self._make = rows, make
+        self._has_warned = False
 
-    @property
-    def precision(self) -> str:
-        """The arithmetic of the E-step of the last block; before it, of the next."""
-        return self._precision or self._on_block.precision
+    def reduce(self, step: Callable[..., T], nothing: Callable[[], T], draw: Draw | None = None) -> T:
+        """The sum of `step(block)` over all blocks."""
+        each = None if draw is None else self._draws(draw)
+        self._warn_of_memory(nothing())
+        found: T = self._rows.sum(_of_block, self._make, step, each=each)
+        return found
 
-    def assign(self, means: Array, origin: Array) -> SufficientStatistics:
-        """Statistics about `origin` (k, d) of the rows that are nearest to each of `means` (k, d)."""
-        return self._sum("assign", origin, means, origin)
+    def map(self, step: Callable[[Block], Array]) -> Any:
+        """`step(block)` for all rows, of weight 0 or not, as a Dask array."""
+        rows = self._rows
+        meta = step(self._make(Rows(rows.like)))[:0]
+        call = _Call(_of_rows, (self._make, step, meta), rows.moves, seen=rows.seen)
+        return _by_block(rows.array, call, meta, rows.sample_weight)
 
-    def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:
-        """Statistics for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
-        middle = self.rows.middle
+    def _draws(self, draw: Draw) -> list[Draw]:
+        """For each block a copy of `draw` in the state that it has by then."""
         own = []
-        for count in self.rows.counts.tolist():
-            # A task draws what its block is owed, from the state that the generator has by then.
-            own.append((copy.deepcopy(draw),))
-            for part in slices(count, max(1, DRAWN // k)):
+        for count in self._rows.counts.tolist():
+            own.append(copy.deepcopy(draw))
+            for part in slices(count, DRAWN_ROWS):
                 draw(part.stop - part.start)
-        return self._sum("spread", array_namespace(middle).broadcast_to(middle, (k, self.rows.shape[1])), k, each=own)
+        return own
 
-    def expect(self, parameters: Parameters) -> SufficientStatistics:
-        """The E-step: statistics of all rows."""
-        return self._sum("expect", parameters.means, parameters)
-
-    def _sum(
-        self, method: str, origin: Array, *args: Any, each: Sequence[tuple[Any, ...]] | None = None
-    ) -> SufficientStatistics:
-        self._warn_of_memory(*origin.shape)
-        args = args or (origin,)
-        self._precision, total = self.rows.sum(
-            _statistics, self._on_block, method, origin, args, each=each, merge=_add_statistics
-        )
-        return total
-
-    def _warn_of_memory(self, k: int, d: int) -> None:
-        size = 8 * math.prod(self.covariance.shape(k, d)) * len(self.rows.counts)
-        if self._has_warned or size < max(STATISTICS_BYTES, self.rows.array.nbytes):
+    def _warn_of_memory(self, nothing: Any) -> None:
+        if self._has_warned or not isinstance(nothing, SufficientStatistics):
+            return
+        size = 8 * math.prod(nothing.second_moments.shape) * len(self._rows.counts)
+        if size < max(STATISTICS_BYTES, self._rows.array.nbytes):
             return
         self._has_warned = True
         warn_user(
-            f"the statistics of all {len(self.rows.counts)} blocks take {size / 2**30:.1f} GiB, more than the data; "
+            f"the statistics of all {len(self._rows.counts)} blocks take {size / 2**30:.1f} GiB, more than the data; "
             "rechunk to fewer and larger blocks, or choose a covariance_type with fewer parameters",
             UserWarning,
         )
 
 
-def _statistics(
-    x: Array,
-    weight: Array | None,
-    engine: BlockEngine,
-    method: str,
-    origin: Array,
-    args: tuple[Any, ...],
-    own: tuple[Any, ...] = (),
-) -> tuple[str, SufficientStatistics]:
-    # An engine leaves forms for all that come of it; threads of one process share this one.
-    on_rows = copy.deepcopy(engine).on(Rows(x, weight))
-    found = getattr(on_rows, method)(*args, *copy.deepcopy(own)).about(origin, on_rows.covariance)
-    return on_rows.precision, found
+def _of_block(x: Array, weight: Array | None, make: Callable[[Rows], Block], step: Callable[..., T], *draw: Draw) -> T:
+    # What is drawn changes the generator, which threads of one process share.
+    return step(make(Rows(x, weight)), *copy.deepcopy(draw))
 
 
-def _add_statistics(parts: list[tuple[str, SufficientStatistics]]) -> tuple[str, SufficientStatistics]:
-    return parts[-1][0], reduce(add, (found for _, found in parts))
-
-
-class Clusters:
-    """k-means on one data set."""
-
-    def __init__(self, rows: DaskRows, on_block: Callable[[Rows], _engine.Clusters]) -> None:
-        self.rows, self._on_block = rows, on_block
-
-    def squared_distances(self, centroids: Array) -> Any:
-        """Squared distance of each row, of weight 0 or not, to the nearest centroid, as a Dask array: (n,)."""
-        rows = self.rows
-        call = _Call(_squared_distances, (self._on_block, centroids), rows.moves, seen=rows.seen)
-        meta = self._on_block(Rows(rows.like)).squared_distances(centroids)[:0]
-        return _by_block(rows.array, call, meta, rows.sample_weight)
-
-    def sums(self, centroids: Array, origin: Array) -> tuple[Array, Array]:
-        """Weight of the rows that are nearest to each centroid (k,), and the sums of their x - origin (k, d)."""
-        return self.rows.sum(_sums, self._on_block, centroids, origin, merge=_add_each)
-
-
-def _sums(
-    x: Array,
-    weight: Array | None,
-    on_block: Callable[[Rows], _engine.Clusters],
-    centroids: Array,
-    origin: Array,
-) -> tuple[Array, Array]:
-    return on_block(Rows(x, weight)).sums(centroids, origin)
-
-
-def _squared_distances(
-    x: Array, weight: Array | None, on_block: Callable[[Rows], _engine.Clusters], centroids: Array
+def _of_rows(
+    x: Array, weight: Array | None, make: Callable[[Rows], Block], step: Callable[[Block], Array], meta: Array
 ) -> Array:
-    return on_block(Rows(x)).squared_distances(centroids) if x.shape[0] else centroids[:0, 0]
+    return step(make(Rows(x))) if x.shape[0] else meta
 
 
 # Predictions

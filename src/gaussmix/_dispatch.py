@@ -2,69 +2,90 @@
 
 import logging
 import os
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
-from typing import overload
+from typing import Any
 
 from array_api_compat import is_cupy_array, is_torch_array
 
-from gaussmix import _array_api, _distributed, _numpy, _streaming
+from gaussmix import _array_api, _numpy
 from gaussmix._arrays import to_numpy
-from gaussmix._covariance import Covariance
+from gaussmix._covariance import COVARIANCES, Covariance
 from gaussmix._data import Rows, Stream
-from gaussmix._distributed import Group, Share
-from gaussmix._engine import Clusters, Engine, Fitting
+from gaussmix._distributed import Group, InProcesses, Share, share_of
+from gaussmix._engine import Block, Engine, InMemory, Passes
+from gaussmix._streaming import InBlocks
 from gaussmix._typing import Array
 
 logger = logging.getLogger("gaussmix")
 
+# What k-means would have if it were a mixture; no step of it asks.
+SPHERICAL = COVARIANCES["spherical"]
 BACKENDS = ("auto", "triton", "numpy", "array_api")
 
 
-@overload
-def engine(rows: Rows | Stream, covariance: Covariance, reg_covar: float = 0.0, *, level: int = ...) -> Engine: ...
-@overload
 def engine(
-    rows: Rows | Stream | Share, covariance: Covariance, reg_covar: float = 0.0, *, level: int = ...
-) -> Fitting: ...
-def engine(
-    rows: Rows | Stream | Share, covariance: Covariance, reg_covar: float = 0.0, *, level: int = logging.DEBUG
-) -> Fitting:
-    """The implementation for these rows, as the environment variable GAUSSMIX_BACKEND has it; fits log why at INFO."""
-    name, reason = choose(rows.like)
+    rows: Rows | Stream | Share, covariance: Covariance, *, group: Group | None = None, level: int = logging.DEBUG
+) -> Engine:
+    """EM for these rows in the implementation that GAUSSMIX_BACKEND asks for, or else the fastest; logs why at `level`.
+
+    With a `group`, all of its processes have the rows, and each takes a share of them in the sums.
+    """
+    name, reason = choose(rows.like, covariance)
     logger.log(level, "%s covariance runs on %s: %s", covariance.name, name, reason)
-    make = _implementation(name).Engine
-    if isinstance(rows, Rows):
-        in_memory: Engine = make(rows, covariance, reg_covar)
-        return in_memory
-    on_block = make(Rows(rows.like), covariance, reg_covar, rows.middle)
-    if isinstance(rows, Stream):
-        summed: Fitting = _summing(rows).Engine(_streamed(rows, name), on_block)
-        return summed
-    own = rows.rows
-    on_share = on_block.on(own) if isinstance(own, Rows) else _streaming.Engine(_streamed(own, name), on_block)
-    return _distributed.Engine(rows.computed(on_block.rows.like), on_block, on_share)
+    return _engine(rows, covariance, name, group)
 
 
-def clusters(rows: Rows | Stream, group: Group | None = None, *, level: int = logging.DEBUG) -> Clusters:
-    """The implementation of k-means for these rows, chosen as `engine` does."""
+def clusters(rows: Rows | Stream, group: Group | None = None, *, level: int = logging.DEBUG) -> Engine:
+    """k-means for these rows, in the implementation that is chosen as `engine` does."""
     name, reason = choose(rows.like)
     logger.log(level, "k-means runs on %s: %s", name, reason)
-    make = _implementation(name).Clusters
+    return _engine(rows, SPHERICAL, name, group)
+
+
+def _engine(rows: Any, covariance: Covariance, name: str, group: Group | None) -> Engine:
+    make = _implementation(name).Block
     if group is not None:
-        return _distributed.Clusters(shareable(rows), make, group)
+        own = shareable(rows).part(share_of(rows, group))
+        block, share = make(rows), make(own) if own.shape[0] else None
+        passes = InProcesses(group, None if share is None else InMemory(share), InMemory(block))
+        return Engine(block.rows, passes, block, covariance, is_whole=False)
     if isinstance(rows, Rows):
-        in_memory: Clusters = make(rows)
-        return in_memory
-    summed: Clusters = _summing(rows).Clusters(_streamed(rows, name), make)
-    return summed
+        block = make(rows)
+        return Engine(block.rows, InMemory(block), block, covariance)
+    about = partial(make, middle=rows.middle)
+    like = about(Rows(rows.like))
+    if isinstance(rows, Stream):
+        rows = rows.mapped(to_numpy) if name == "numpy" else rows
+        return Engine(rows, _in_blocks(rows, about), like, covariance, is_whole=False)
+    own, share = rows.rows, None
+    if rows.counts[rows.group.rank]:
+        if isinstance(own, Rows):
+            share = InMemory(about(own))
+        else:
+            share = InBlocks(own.mapped(to_numpy) if name == "numpy" else own, about)
+    # Another implementation would leave a form of the E-step in another iteration.
+    rows.group.compare({"the implementation": name})
+    passes = InProcesses(rows.group, share, before=rows.before)
+    return Engine(rows.computed(like.rows.like), passes, like, covariance, is_whole=False)
+
+
+def _in_blocks(rows: Stream, make: Callable[[Rows], Block]) -> Passes:
+    if type(rows) is Stream:
+        return InBlocks(rows, make)
+    # Imports dask, whose rows they are.
+    from gaussmix import _dask
+
+    assert isinstance(rows, _dask.DaskRows)
+    return _dask.InTasks(rows, make)
 
 
 def distances(rows: Rows | Stream, centroids: Array) -> Array:
     """Distance of each row to each centroid: (n, k)."""
-    if isinstance(rows, Rows):
-        return _array_api.Clusters(rows).distances(centroids)
-    return _streaming.Clusters(rows, _array_api.Clusters).distances(centroids)
+    passes = InMemory(_array_api.Block(rows)) if isinstance(rows, Rows) else InBlocks(rows, _array_api.Block)
+    return passes.map(partial(_array_api.distances, centroids=centroids))
 
 
 def shareable(rows: Rows | Stream) -> Rows:
@@ -77,29 +98,14 @@ def shareable(rows: Rows | Stream) -> Rows:
     return rows
 
 
-def _streamed(rows: Stream, name: str) -> Stream:
-    """The rows in the library that computes."""
-    return rows.mapped(to_numpy) if name == "numpy" else rows
-
-
-def _summing(rows: Stream) -> ModuleType:
-    """What adds up statistics of blocks."""
-    if type(rows) is Stream:
-        return _streaming
-    # Imports dask, whose rows they are.
-    from gaussmix import _dask
-
-    return _dask
-
-
-def choose(x: Array) -> tuple[str, str]:
+def choose(x: Array, covariance: Covariance | None = None) -> tuple[str, str]:
     """The name of the implementation for rows of `x`, and the reason."""
     forced = os.environ.get("GAUSSMIX_BACKEND", "auto")
     if forced not in BACKENDS:
         raise ValueError(f"GAUSSMIX_BACKEND={forced!r} is not a backend of this version; set one of {BACKENDS}")
     if forced == "array_api":
         return forced, "GAUSSMIX_BACKEND asks for it"
-    obstacles = {"numpy": _numpy.why_not(x), "triton": why_not_triton(x)}
+    obstacles = {"numpy": _numpy.why_not(x), "triton": why_not_triton(x, covariance)}
     if forced != "auto":
         if obstacles[forced] is not None:
             raise ValueError(
@@ -113,8 +119,8 @@ def choose(x: Array) -> tuple[str, str]:
     return "array_api", obstacles["triton"]
 
 
-def why_not_triton(x: Array) -> str | None:
-    """The reason why the kernels can not run on rows of `x`; None if they can."""
+def why_not_triton(x: Array, covariance: Covariance | None = None) -> str | None:
+    """The reason why the kernels can not run on rows of `x`, for a covariance type; None if they can."""
     if is_torch_array(x):
         if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "the tensor is in host memory, where the kernels run with TRITON_INTERPRET=1 only, for tests"
@@ -125,6 +131,8 @@ def why_not_triton(x: Array) -> str | None:
     for package in ("torch", "triton"):
         if find_spec(package) is None:
             return f"{package} is not installed; install gaussmix[triton]"
+    if covariance is not None and find_spec(f"gaussmix_kernels.{covariance.name}") is None:
+        return f"there are no kernels for covariance_type={covariance.name!r}"
     return None
 
 

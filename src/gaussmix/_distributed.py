@@ -18,17 +18,14 @@ import numpy as np
 from array_api_compat import is_torch_array
 from sklearn.utils.random import sample_without_replacement
 
-from gaussmix import _engine
-from gaussmix._arrays import array_namespace, asarray_like, to_numpy, working_dtype
+from gaussmix._arrays import asarray_like, to_numpy, working_dtype
 from gaussmix._data import Rows, Stream, slices
-from gaussmix._engine import BlockEngine, Fitting, Summed
-from gaussmix._parameters import Parameters, SufficientStatistics
+from gaussmix._engine import Block, Draw, Passes
+from gaussmix._parameters import CENTRED_PRECISION, SufficientStatistics
 from gaussmix._typing import Array, DType
 
 T = TypeVar("T")
 
-# What is summed over processes, in one vector.
-SUMS = ("counts", "first_moments", "second_moments", "log_likelihood")
 # Rows of a block that is only looked at.
 BLOCK_ROWS = 2**13
 
@@ -255,70 +252,32 @@ class Share:
         return Rows(np.concatenate([part for part, _ in parts]), np.concatenate(weights) if weights else None)
 
 
-class Engine(Summed):
-    """EM on rows of which every process has a share."""
+class InProcesses:
+    """Rows of which every process has a share, and takes it in the sums."""
 
-    rows: Share
+    def __init__(self, group: Group, share: Passes | None, everything: Passes | None = None, before: int = 0) -> None:
+        # `share` is None in a process without rows. `before` rows are those of the processes before this one.
+        self._group, self._share, self._everything, self._before = group, share, everything, before
 
-    def __init__(self, rows: Share, on_block: BlockEngine, on_share: Fitting) -> None:
-        super().__init__(rows, on_block)
-        self._share = on_share
-        # Another one would leave a form of the E-step in another iteration.
-        rows.group.compare({"the implementation": self.backend.partition(":")[0]})
+    def reduce(self, step: Callable[..., T], nothing: Callable[[], T], draw: Draw | None = None) -> T:
+        """The sum of `step(block)` over the blocks of all processes."""
+        if draw is not None:
+            for part in slices(self._before, BLOCK_ROWS):
+                draw(part.stop - part.start)  # those of other processes' rows
+        own: Any = nothing() if self._share is None else self._share.reduce(step, nothing, draw)
+        if not isinstance(own, SufficientStatistics):
+            (total,) = self._group.sum(to_numpy(own))
+            return asarray_like(total, own)
+        # What is exact in all processes is so in the sum.
+        inexact = np.array(self._share is not None and own.precision != CENTRED_PRECISION, dtype=np.float64)
+        *summed, inexact = self._group.sum(*map(to_numpy, own.sums), inexact)
+        found: Any = own.summed(asarray_like(value, own.origin) for value in summed)
+        return replace(found, precision="" if inexact else CENTRED_PRECISION)
 
-    def assign(self, means: Array, origin: Array) -> SufficientStatistics:
-        """Statistics about `origin` (k, d) of the rows that are nearest to each of `means` (k, d)."""
-        return self._sum(lambda: self._share.assign(means, origin), origin)
-
-    def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:
-        """Statistics for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
-        for part in slices(self.rows.before, BLOCK_ROWS):
-            draw(part.stop - part.start)  # those of other processes' rows
-        origin = array_namespace(self.rows.middle).broadcast_to(self.rows.middle, (k, self.rows.shape[1]))
-        return self._sum(lambda: self._share.spread(k, draw), origin)
-
-    def expect(self, parameters: Parameters) -> SufficientStatistics:
-        """The E-step: statistics of all rows."""
-        return self._sum(lambda: self._share.expect(parameters), parameters.means)
-
-    def _sum(self, statistics: Callable[[], SufficientStatistics], origin: Array) -> SufficientStatistics:
-        has_rows = self.rows.counts[self.rows.group.rank] > 0
-        own = statistics().about(origin, self.covariance) if has_rows else self._nothing(origin)
-        summed = self.rows.group.sum(*(to_numpy(getattr(own, name)) for name in SUMS))
-        return SufficientStatistics(origin, *(asarray_like(value, origin) for value in summed))
-
-    def _nothing(self, origin: Array) -> SufficientStatistics:
-        k, d = origin.shape
-        zeros = (np.zeros(shape) for shape in ((k,), (k, d), self.covariance.shape(k, d), ()))
-        return SufficientStatistics(origin, *zeros)
-
-
-class Clusters:
-    """k-means on rows that every process has, of which each takes a share in the sums."""
-
-    def __init__(self, rows: Rows, make: Callable[[Rows], _engine.Clusters], group: Group) -> None:
-        self._all, self._group = make(rows), group
-        self.rows = self._all.rows
-        share = rows.part(share_of(rows, group))
-        self._share = make(share) if share.shape[0] else None
-
-    def labels(self, centroids: Array) -> Array:
-        """The centroid nearest to each row, the first of equals: (n,)."""
-        return self._all.labels(centroids)
-
-    def squared_distances(self, centroids: Array) -> Array:
-        """Squared distance of each row, of weight 0 or not, to the nearest centroid: (n,)."""
-        return self._all.squared_distances(centroids)
-
-    def sums(self, centroids: Array, origin: Array) -> tuple[Array, Array]:
-        """Weight of the rows that are nearest to each centroid (k,), and the sums of their x - origin (k, d)."""
-        k, d = centroids.shape
-        own = np.zeros((k, d + 1))
-        if self._share is not None:
-            counts, sums = self._share.sums(centroids, origin)
-            own[:, d], own[:, :d] = to_numpy(counts), to_numpy(sums)
-        (total,) = self._group.sum(own)
-        return asarray_like(total[:, d], centroids), asarray_like(total[:, :d], centroids)
+    def map(self, step: Callable[[Block], Array]) -> Array:
+        """`step(block)` for all rows, where every process has them."""
+        assert self._everything is not None
+        return self._everything.map(step)
 
 
 def share_of(rows: Rows, group: Group) -> slice:

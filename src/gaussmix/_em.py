@@ -1,14 +1,18 @@
-"""The EM loop: restarts, convergence, history."""
+"""The EM loop: forms of the E-step, convergence, history."""
 
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
-from gaussmix._engine import Fitting
-from gaussmix._parameters import Parameters
+from gaussmix._arrays import array_namespace
+from gaussmix._density import Density
+from gaussmix._engine import Engine
+from gaussmix._guard import CENTRED, Forms
+from gaussmix._objective import MaximumLikelihood, Objective
+from gaussmix._parameters import Parameters, SingularCovarianceError, SufficientStatistics
 
 logger = logging.getLogger("gaussmix")
 
@@ -27,6 +31,8 @@ class EMResult:
     parameters: Parameters
     lower_bounds: list[float]
     converged: bool
+    form: str = ""  # of the next E-step; the fastest one where none is named
+    precision: str = ""  # the arithmetic of the last E-step
 
 
 def is_converged(lower_bounds: Sequence[float], tolerance: float, previous: float = -math.inf) -> bool:
@@ -35,41 +41,137 @@ def is_converged(lower_bounds: Sequence[float], tolerance: float, previous: floa
 
 
 def run_em(
-    engine: Fitting,
-    start: Parameters,
+    engine: Engine,
+    objective: Objective,
+    begun: EMResult,
     *,
     tolerance: float,
     max_iter: int,
     previous: float = -math.inf,
-    history: Sequence[float] = (),
     callbacks: Sequence[Callback] = (),
+    note: Callable[[EMResult], None] | None = None,
 ) -> EMResult:
-    """EM from `start` until the mean log-evidence changes by less than `tolerance`, at most `max_iter` times in all.
+    """EM from where it stands until the lower bound changes by less than `tolerance`, at most `max_iter` times in all.
 
-    `history` has the lower bounds of the iterations that led to `start`; without any, the first one is compared with
-    `previous`.
+    Without iterations so far, the first bound is compared with `previous`. `note` sees where EM stands after each
+    iteration, before the callbacks do.
     """
-    result = EMResult(start, list(history), converged=False)
-    while len(result.lower_bounds) < max_iter and not result.converged:
-        done = result.lower_bounds
-        progress = engine.advance(
-            result.parameters,
-            at_most=1 if callbacks else max_iter - len(done),
-            previous=done[-1] if done else previous,
-            tolerance=tolerance,
-        )
-        result = EMResult(progress.parameters, [*done, *progress.lower_bounds], progress.converged)
-        iteration, bound = len(result.lower_bounds), result.lower_bounds[-1]
+    bounds, converged = list(begun.lower_bounds), begun.converged
+    at = _State(begun.parameters, objective.density(begun.parameters), _from(engine.forms, begun.form))
+    is_watched = bool(callbacks) or note is not None
+    # Callbacks are to have the threads that the caller has.
+    with nullcontext() if is_watched else engine.during_steps():
+        if len(bounds) < max_iter and not converged:
+            at = replace(at, forms=engine.choose(at.forms, at.density))
+        while len(bounds) < max_iter and not converged:
+            at_most, last = 1 if is_watched else max_iter - len(bounds), bounds[-1] if bounds else previous
+            with engine.during_steps():
+                at = _advance(engine, objective, at, at_most, last, tolerance)
+            bounds.extend(at.bounds)
+            converged = is_converged(bounds, tolerance, previous)
+            if not math.isfinite(bounds[-1]):
+                raise DivergedError(
+                    f"the log-likelihood became {bounds[-1]} in iteration {len(bounds)}; rescale the data or start "
+                    "from means and covariances nearer to it"
+                )
+            if note is not None:
+                note(EMResult(at.parameters, list(bounds), False, at.forms[0].precision, at.precision))
+            answers = [callback(len(bounds), bounds[-1], at.parameters) for callback in callbacks]
+            if any(answers):
+                break
+    precision = at.precision or at.forms[0].precision
+    logger.info("%d EM iterations on %s, %s", len(bounds), engine.backend, precision)
+    return EMResult(at.parameters, bounds, converged, at.forms[0].precision, precision)
+
+
+def stepwise(
+    engine: Engine, objective: MaximumLikelihood, parameters: Parameters, size: float
+) -> tuple[float, Parameters, str]:
+    """One iteration of stepwise EM: statistics move by `size` of the way to those of the rows.
+
+    The lower bound of the rows, the parameters after it and the arithmetic. Online EM of Cappe and Moulines (2009), J.
+    R. Statist. Soc. B 71, 593-613, in the form of Liang and Klein (2009).
+    """
+    before = objective.statistics_of(parameters).scaled(1 - size)
+
+    def blend(statistics: SufficientStatistics) -> SufficientStatistics:
+        total = float(array_namespace(statistics.counts).sum(statistics.counts))
+        return before + statistics.about(parameters.means, objective.covariance).scaled(size / total)
+
+    density = objective.density(parameters)
+    at = _iterate(engine, objective, _State(parameters, density, engine.choose(engine.forms, density)), blend)
+    return at.bounds[0], at.parameters, at.precision
+
+
+def _from(forms: Forms, name: str) -> Forms:
+    """The forms from the one of this name on; all of them where there is none."""
+    return next((forms[i:] for i, form in enumerate(forms) if form.precision == name), forms)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where the loop stands after some iterations."""
+
+    parameters: Parameters
+    density: Density  # of the parameters
+    forms: Forms  # that are left
+    precision: str = ""  # the arithmetic of the last E-step
+    bounds: tuple[float, ...] = ()  # of those iterations
+
+
+def _advance(
+    engine: Engine, objective: Objective, at: _State, at_most: int, previous: float, tolerance: float
+) -> _State:
+    """Up to `at_most` iterations: one, or several where kernels have the M-step as well."""
+    at = replace(at, bounds=())
+    while engine.advance is not None and objective.kernels_add is not None and at.forms[0].has_kernels:
+        form = at.forms[0]
+        found = engine.advance(at.parameters, at.density, form, objective.kernels_add, at_most, previous, tolerance)
+        density = objective.density(found.parameters)
+        at = _State(found.parameters, density, at.forms, form.precision, found.lower_bounds)
+        if found.reason:
+            if len(at.forms) == 1:
+                break  # the host names the component that is singular, or its own step counts
+            at = replace(at, forms=engine.next_form(at.forms, found.reason))
+        if at.bounds:
+            return at
+    return _iterate(engine, objective, at)
+
+
+def _iterate(
+    engine: Engine,
+    objective: Objective,
+    at: _State,
+    blend: Callable[[SufficientStatistics], SufficientStatistics] = lambda statistics: statistics,
+) -> _State:
+    """One iteration, in the first of the forms that is exact enough for what comes out.
+
+    `blend` makes of the statistics of the rows those that the M-step sees.
+    """
+    forms, before = at.forms, at.parameters
+    while True:
+        statistics = engine.expect(at.density, forms[0])
+        precision = statistics.precision or forms[0].precision
+        bound = statistics.lower_bound(objective.penalty(before))
+        is_last = len(forms) == 1
         if not math.isfinite(bound):
-            raise DivergedError(
-                f"the log-likelihood became {bound} in iteration {iteration}; rescale the data or start from means and "
-                "covariances nearer to it"
-            )
-        answers = [callback(iteration, bound, result.parameters) for callback in callbacks]
-        if any(answers):
-            break
-    logger.info("%d EM iterations on %s, %s", len(result.lower_bounds), engine.backend, engine.precision)
-    return result
+            if is_last:
+                return replace(at, precision=precision, bounds=(*at.bounds, bound))
+            forms = engine.next_form(forms, f"the log-likelihood came out as {bound}")
+            continue
+        try:
+            after = objective.maximize(blend(statistics), before.means)
+        except SingularCovarianceError:
+            if is_last:
+                raise
+            forms = engine.next_form(forms, "a covariance came out singular")
+            continue
+        density = objective.density(after)
+        # The moments cancel as far as the new parameters say; those that are centred do not.
+        left = engine.choose(forms, density, (before.weights, after.weights))
+        if left == forms or precision == CENTRED.precision:
+            return _State(after, density, left, precision, (*at.bounds, bound))
+        forms = left
 
 
 class ProgressBar:
@@ -102,12 +204,6 @@ def progress_bar(show: bool, max_iter: int, value: str, n: int) -> Iterator[Prog
 
     with tqdm(total=max_iter * n, unit="rows", unit_scale=True) as bar:
         yield ProgressBar(bar, value, n)
-
-
-def return_to(engine: Fitting, form: str) -> None:
-    """Have an engine use a form that it used before; one that it never had says nothing."""
-    while form in engine.forms and engine.forms[0] != form:
-        engine.fall_back("as before the fit was interrupted")
 
 
 def best_of(results: Iterable[EMResult]) -> EMResult:

@@ -1,220 +1,261 @@
-"""What an implementation of EM and k-means offers to the loops and the estimators, and the iteration they share."""
+"""EM's passes over a data set, wherever its rows are: `Engine`, and what it asks of rows and of implementations.
 
-import math
+`Passes` says where rows are: in memory, in blocks, in Dask's tasks, in several processes. A `Block` is rows in memory
+in one implementation. Neither knows of the other: a pass applies a function to each block and adds up what it gives.
+"""
+
+import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
-from gaussmix._arrays import array_namespace
+import numpy as np
+
+from gaussmix import _guard
+from gaussmix._arrays import array_namespace, asarray_like
 from gaussmix._covariance import Covariance
-from gaussmix._data import Described, Rows, Stream
-from gaussmix._parameters import (
-    Parameters,
-    SingularCovarianceError,
-    SufficientStatistics,
-    maximize,
-    statistics_of,
-)
+from gaussmix._data import Rows
+from gaussmix._density import Density
+from gaussmix._guard import Form, Forms
+from gaussmix._parameters import Parameters, SufficientStatistics
 from gaussmix._typing import Array
 
+logger = logging.getLogger("gaussmix")
 
-@dataclass(frozen=True)
-class Progress:
-    """What `Engine.advance` did: the parameters it reached and the lower bound of each iteration's E-step."""
-
-    parameters: Parameters
-    lower_bounds: tuple[float, ...]
-    converged: bool
+T = TypeVar("T")
+# Gives responsibilities (b, k), on the host, for the next b rows.
+Draw = Callable[[int], Array]
 
 
-class Fitting(Protocol):
-    """EM on one data set for one covariance type, in one implementation."""
+class Block(Protocol):
+    """Rows in memory, in one implementation."""
 
-    covariance: Covariance
-    reg_covar: float
+    rows: Rows
     backend: str
-
-    @property
-    def forms(self) -> tuple[str, ...]:
-        """The forms of the E-step that are left, the one in use first, the most exact last."""
-
-    def fall_back(self, reason: str) -> None:
-        """Leave the form in use for the next one."""
-
-    @property
-    def precision(self) -> str:
-        """The arithmetic of the E-step that is in use."""
-
-    @property
-    def rows(self) -> Described:
-        """The rows, in the library that computes."""
-
-    def assign(self, means: Array, origin: Array) -> SufficientStatistics:
-        """Statistics about `origin` (k, d) of the rows that are nearest to each of `means` (k, d)."""
-
-    def spread(self, k: int, draw: Callable[[int], Array]) -> SufficientStatistics:
-        """Statistics for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
-
-    def expect(self, parameters: Parameters) -> SufficientStatistics:
-        """The E-step: statistics of all rows."""
-
-    def advance(self, parameters: Parameters, *, at_most: int, previous: float, tolerance: float) -> Progress:
-        """Up to `at_most` EM iterations; stops where a lower bound is within `tolerance` of the one before."""
-
-
-class Engine(Fitting, Protocol):
-    """EM and inference."""
-
-    @property
-    def rows(self) -> Rows | Stream:
-        """The rows, in the library that computes."""
-
-    def log_evidence(self, parameters: Parameters) -> Array:
-        """Log-density of each row under the mixture: (n,)."""
-
-    def responsibilities(self, parameters: Parameters) -> Array:
-        """Posterior probability of each component given the row: (n, k)."""
-
-    def labels(self, parameters: Parameters) -> Array:
-        """The component of largest responsibility for each row: (n,)."""
-
-
-class Steps(Protocol):
-    """What an iteration needs: an E-step whose form can be left where it is not exact enough."""
-
-    covariance: Covariance
-    reg_covar: float
-
-    @property
-    def forms(self) -> tuple[str, ...]:
-        """The forms of the E-step that are left, the one in use first, the most exact last."""
-
-    def expect(self, parameters: Parameters) -> SufficientStatistics:
-        """The E-step: statistics of all rows."""
-
-    def is_exact_for(self, parameters: Parameters) -> bool:
-        """Whether statistics in the form in use are exact enough for an M-step to these; the form is left where not."""
-
-    def fall_back(self, reason: str) -> None:
-        """Leave the form in use for the next one."""
-
-
-class BlockEngine(Engine, Steps, Protocol):
-    """An engine for rows in memory, which may be a block of a data set."""
-
     # What saves work in the next pass over the same rows, and is nothing but that.
     hints: Array | None
 
-    def on(self, rows: Rows) -> Self:
-        """The engine for other rows: about the same point, in the same form from now on."""
-
-
-class Clusters(Protocol):
-    """k-means on one data set, in one implementation."""
-
     @property
-    def rows(self) -> Rows | Stream:
-        """The rows, in the library that computes."""
+    def shift(self) -> Array:
+        """The point that features are about: (d,)."""
 
-    def labels(self, centroids: Array) -> Array:
+    def floor(self) -> Array | float:
+        """What squares of x - shift are at least, as far as the inexact forms can tell: (d,), or a number."""
+
+    def forms(self, covariance: Covariance) -> Forms:
+        """The forms of the E-step, the fastest first, the most exact last."""
+
+    def expect(self, density: Density, form: Form) -> SufficientStatistics:
+        """The E-step: statistics of all rows. A log-likelihood that is not finite asks for the next form."""
+
+    def assign(self, means: Array, origin: Array, covariance: Covariance, form: Form) -> SufficientStatistics:
+        """Statistics about `origin` (k, d) of the rows that are nearest to each of `means` (k, d)."""
+
+    def spread(self, draw: Draw, k: int, covariance: Covariance) -> SufficientStatistics:
+        """Statistics for the responsibilities that `draw` gives."""
+
+    def log_evidence(self, density: Density) -> Array:
+        """Log-density of each row under the mixture: (n,)."""
+
+    def responsibilities(self, density: Density) -> Array:
+        """Posterior probability of each component given the row: (n, k)."""
+
+    def labels(self, density: Density) -> Array:
+        """The component of largest responsibility for each row: (n,)."""
+
+    def nearest(self, centroids: Array) -> Array:
         """The centroid nearest to each row, the first of equals: (n,)."""
 
     def squared_distances(self, centroids: Array) -> Array:
         """Squared distance of each row, of weight 0 or not, to the nearest centroid: (n,)."""
 
+    def sums(self, centroids: Array, origin: Array) -> Array:
+        """Sums of x - origin over the rows nearest to each centroid, with their weight as last column: (k, d + 1)."""
+
+
+class Passes(Protocol):
+    """Rows that functions of blocks are applied to."""
+
+    def reduce(self, step: Callable[..., T], nothing: Callable[[], T], draw: Draw | None = None) -> T:
+        """The sum of `step(block)` over all blocks; `nothing()` is that of no rows. Steps are picklable.
+
+        With `draw`, a step is given it as well; it is asked for rows in their order.
+        """
+
+    def map(self, step: Callable[[Block], Array]) -> Array:
+        """`step(block)`, which has a value for each row, for all rows in their order."""
+
+
+class InMemory:
+    """All rows as one block."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+
+    def reduce(self, step: Callable[..., T], nothing: Callable[[], T], draw: Draw | None = None) -> T:
+        """The step itself."""
+        return step(self.block) if draw is None else step(self.block, draw)
+
+    def map(self, step: Callable[[Block], Array]) -> Array:
+        """The step itself."""
+        return step(self.block)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far iterations on a device went."""
+
+    parameters: Parameters
+    lower_bounds: tuple[float, ...]  # of each iteration's E-step
+    reason: str  # why the form is to be left; empty where it is not
+
+
+class Engine:
+    """EM, inference and k-means on a data set."""
+
+    def __init__(
+        self, rows: Any, passes: Passes, block: Block, covariance: Covariance, *, is_whole: bool = True
+    ) -> None:
+        self.rows = rows  # as `Described` has it, in the library that computes
+        self._is_whole = is_whole  # whether the block has all the rows: in parts, statistics need one origin to add
+        self.covariance, self.backend = covariance, block.backend
+        self.forms = block.forms(covariance)
+        # `block` has the rows, or some like them.
+        self._passes, self._block = passes, block
+
+    def choose(self, forms: Forms, density: Density, weights: tuple[Array, Array] | None = None) -> Forms:
+        """The forms that are left for this density: `_guard.choose`."""
+        if len(forms) == 1:
+            return forms
+        left, reason = _guard.choose(forms, density, self._block.shift, self._block.floor(), weights)
+        if left is not forms and left != forms:
+            _log(forms, left, reason)
+        return left
+
+    def next_form(self, forms: Forms, reason: str) -> Forms:
+        """The forms after the one in use."""
+        _log(forms, forms[1:], reason)
+        return forms[1:]
+
+    def during_steps(self) -> AbstractContextManager[Any]:
+        """What E-steps and M-steps are to run within."""
+        during: Callable[[], AbstractContextManager[Any]] = getattr(self._block, "during_steps", nullcontext)
+        return during() if self._is_whole else nullcontext()
+
+    @property
+    def advance(self) -> Callable[..., Progress] | None:
+        """Several iterations without the host, where the implementation has them."""
+        return getattr(self._block, "advance", None) if self._is_whole else None
+
+    def expect(self, density: Density, form: Form) -> SufficientStatistics:
+        """The E-step: statistics of all rows."""
+        return self._sum(partial(_expect, density=density, form=form), density.means)
+
+    def assign(self, means: Array, origin: Array, form: Form) -> SufficientStatistics:
+        """Statistics about `origin` (k, d) of the rows that are nearest to each of `means` (k, d)."""
+        step = partial(_assign, means=means, origin=origin, covariance=self.covariance, form=form)
+        return self._sum(step, origin)
+
+    def spread(self, k: int, draw: Draw) -> SufficientStatistics:
+        """Statistics for the responsibilities (b, k), on the host, that `draw(b)` gives for the next b rows."""
+        step = partial(_spread, k=k, covariance=self.covariance)
+        if self._is_whole:
+            return step(self._block, draw)
+        middle = self.rows.middle
+        return self._sum(step, array_namespace(middle).broadcast_to(middle, (k, self.rows.shape[1])), draw)
+
+    def log_evidence(self, density: Density) -> Array:
+        """Log-density of each row under the mixture: (n,)."""
+        return self._passes.map(partial(_log_evidence, density=density))
+
+    def mean_log_evidence(self, density: Density) -> float:
+        """Mean log-density of a row under the mixture; none of them is kept."""
+        return self._passes.reduce(partial(_total_log_evidence, density=density), float) / self.rows.shape[0]
+
+    def responsibilities(self, density: Density) -> Array:
+        """Posterior probability of each component given the row: (n, k)."""
+        return self._passes.map(partial(_responsibilities, density=density))
+
+    def labels(self, density: Density) -> Array:
+        """The component of largest responsibility for each row: (n,)."""
+        return self._passes.map(partial(_labels, density=density))
+
+    def nearest(self, centroids: Array) -> Array:
+        """The centroid nearest to each row, the first of equals: (n,)."""
+        return self._passes.map(partial(_nearest, centroids=centroids))
+
+    def squared_distances(self, centroids: Array) -> Array:
+        """Squared distance of each row, of weight 0 or not, to the nearest centroid: (n,)."""
+        return self._passes.map(partial(_squared_distances, centroids=centroids))
+
     def sums(self, centroids: Array, origin: Array) -> tuple[Array, Array]:
         """Weight of the rows that are nearest to each centroid (k,), and the sums of their x - origin (k, d)."""
+        k, d = centroids.shape
+        step = partial(_sums, centroids=centroids, origin=origin)
+        nothing = partial(asarray_like, np.zeros((k, d + 1)), centroids)
+        total = self._passes.reduce(step, nothing)
+        return total[:, d], total[:, :d]
+
+    def _sum(
+        self, step: Callable[..., SufficientStatistics], origin: Array, draw: Draw | None = None
+    ) -> SufficientStatistics:
+        nothing = partial(SufficientStatistics.of_nothing, origin, self.covariance)
+        if not self._is_whole:
+            step = partial(_about, step, origin, self.covariance)
+        return self._passes.reduce(step, nothing, draw)
 
 
-def stepwise(steps: Steps, parameters: Parameters, size: float) -> tuple[float, Parameters]:
-    """One iteration of stepwise EM: statistics move by `size` of the way to those of the rows.
-
-    Online EM of Cappe and Moulines (2009), J. R. Statist. Soc. B 71, 593-613, in the form of Liang and Klein (2009).
-    """
-    before = statistics_of(parameters, steps.covariance, steps.reg_covar).scaled(1 - size)
-
-    def blend(statistics: SufficientStatistics) -> SufficientStatistics:
-        total = float(array_namespace(statistics.counts).sum(statistics.counts))
-        return before + statistics.about(parameters.means, steps.covariance).scaled(size / total)
-
-    steps.is_exact_for(parameters)
-    return iterate(steps, parameters, blend)
+def _log(forms: Forms, left: Forms, reason: str) -> None:
+    logger.info("%s left for %s: %s", forms[0].precision, left[0].precision, reason)
 
 
-def advance(steps: Steps, parameters: Parameters, *, at_most: int, previous: float, tolerance: float) -> Progress:
-    """`Engine.advance` by E-steps and M-steps."""
-    bounds: list[float] = []
-    converged = False
-    while len(bounds) < at_most and not converged:
-        bound, parameters = iterate(steps, parameters)
-        bounds.append(bound)
-        if not math.isfinite(bound):
-            break
-        converged = abs(bound - previous) < tolerance
-        previous = bound
-    return Progress(parameters, tuple(bounds), converged)
+# The steps of passes. They travel to other processes, as what is defined here can.
 
 
-def iterate(
-    steps: Steps,
-    parameters: Parameters,
-    blend: Callable[[SufficientStatistics], SufficientStatistics] = lambda statistics: statistics,
-) -> tuple[float, Parameters]:
-    """One EM iteration: the lower bound of `parameters`, and the parameters after it.
-
-    `blend` makes of the statistics of the rows those that the M-step sees.
-    """
-    while True:
-        statistics = steps.expect(parameters)
-        bound = statistics.lower_bound
-        if not math.isfinite(bound):
-            if len(steps.forms) == 1:
-                return bound, parameters
-            steps.fall_back(f"the log-likelihood came out as {bound}")
-            continue
-        try:
-            new = maximize(blend(statistics), parameters.means, steps.covariance, steps.reg_covar)
-        except SingularCovarianceError:
-            if len(steps.forms) == 1:
-                raise
-            steps.fall_back("a covariance came out singular")
-            continue
-        if steps.is_exact_for(new):
-            return bound, new
+def _about(
+    step: Callable[..., SufficientStatistics], origin: Array, covariance: Covariance, block: Block, *draw: Draw
+) -> SufficientStatistics:
+    return step(block, *draw).about(origin, covariance)
 
 
-class Summed:
-    """EM whose statistics are sums of those of blocks; which form they are in is up to the engine of the blocks."""
+def _expect(block: Block, density: Density, form: Form) -> SufficientStatistics:
+    return block.expect(density, form)
 
-    rows: Any
 
-    def __init__(self, rows: Described, on_block: BlockEngine) -> None:
-        self.rows, self._on_block = rows, on_block
-        self.covariance, self.reg_covar, self.backend = on_block.covariance, on_block.reg_covar, on_block.backend
+def _assign(block: Block, means: Array, origin: Array, covariance: Covariance, form: Form) -> SufficientStatistics:
+    return block.assign(means, origin, covariance, form)
 
-    @property
-    def precision(self) -> str:
-        """The arithmetic of the E-step that is in use."""
-        return self._on_block.precision
 
-    @property
-    def forms(self) -> tuple[str, ...]:
-        """The forms of the E-step that are left, the one in use first, the most exact last."""
-        return self._on_block.forms
+def _spread(block: Block, draw: Draw, k: int, covariance: Covariance) -> SufficientStatistics:
+    return block.spread(draw, k, covariance)
 
-    def is_exact_for(self, parameters: Parameters) -> bool:
-        """Whether the form in use is exact enough for an M-step to these parameters; it is left where not."""
-        return self._on_block.is_exact_for(parameters)
 
-    def fall_back(self, reason: str) -> None:
-        """Leave the form in use for the next one."""
-        self._on_block.fall_back(reason)
+def _log_evidence(block: Block, density: Density) -> Array:
+    return block.log_evidence(density)
 
-    def expect(self, parameters: Parameters) -> SufficientStatistics:
-        """The E-step: statistics of all rows."""
-        raise NotImplementedError
 
-    def advance(self, parameters: Parameters, *, at_most: int, previous: float, tolerance: float) -> Progress:
-        """Up to `at_most` EM iterations; stops where a lower bound is within `tolerance` of the one before."""
-        self.is_exact_for(parameters)
-        return advance(self, parameters, at_most=at_most, previous=previous, tolerance=tolerance)
+def _total_log_evidence(block: Block, density: Density) -> float:
+    evidence = block.log_evidence(density)
+    return float(array_namespace(evidence).sum(evidence))
+
+
+def _responsibilities(block: Block, density: Density) -> Array:
+    return block.responsibilities(density)
+
+
+def _labels(block: Block, density: Density) -> Array:
+    return block.labels(density)
+
+
+def _nearest(block: Block, centroids: Array) -> Array:
+    return block.nearest(centroids)
+
+
+def _squared_distances(block: Block, centroids: Array) -> Array:
+    return block.squared_distances(centroids)
+
+
+def _sums(block: Block, centroids: Array, origin: Array) -> Array:
+    return block.sums(centroids, origin)

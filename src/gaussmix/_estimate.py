@@ -1,13 +1,14 @@
 """What an EM iteration costs on a GPU, computed without one: `estimate`.
 
-The counts are those of `gaussmix_kernels`. Its sizes are repeated here, because importing it loads torch; the tests
-hold the two against each other.
+The counts are those of `gaussmix_kernels`, whose sizes they follow from.
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import ceil, prod
 
 from gaussmix._validation import check_covariance_type, check_integer, check_option
+from gaussmix_kernels import _sizes
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,8 @@ DEVICES = {
 # Seconds between two launches from Python: an assumption.
 LAUNCH = 12e-6
 
-# As gaussmix_kernels has them.
-PROGRAMS, MOST_SLAB_ROWS, FUSED_SUMS, CHUNK_BYTES, MOST_CHUNK_ROWS = 528, 4096, 8192, 24 * 2**20, 2**20
-LEAST_CHUNK_SLABS = 4
-MOST_PRODUCT_FEATURES, MOST_FEATURES, SCATTER_ROWS = 16, 64, 2**18
+# Rows of a tile, which slabs are rounded to; the kernels' own have 16 to 64.
+SLAB_TILE = 32
 # Matrices of more than MOST_FEATURES are factored by torch's functions: about as many launches and temporary matrices.
 LARGE_LAUNCHES, LARGE_MATRICES = 18, 4
 
@@ -110,7 +109,7 @@ def estimate(n: int, d: int, k: int, covariance_type: str, dtype: str = "float32
     Raises
     ------
     ValueError
-        Where a size is not positive, or a name is none of those listed.
+        Where a size is not positive, or a name is none of those listed: "tied_diag" has no kernels.
 
     Notes
     -----
@@ -134,11 +133,13 @@ def estimate(n: int, d: int, k: int, covariance_type: str, dtype: str = "float32
     check_option("dtype", dtype, DEVICES[device].rates)
     exact = dtype == "float64"
     item = 8 if exact else 4
-    kind = _kind(covariance_type, d)
+    if find_spec(f"gaussmix_kernels.{covariance_type}") is None:
+        raise ValueError(f"there are no kernels for covariance_type={covariance_type!r}; it runs on array_api")
+    kind = _sizes.kinds(covariance.quadratic, d)[0]
     work = _centred(n, d, k, exact) if kind == "centred" else _features(n, d, k, exact, kind)
 
     matrices = kind in ("none", "products", "centred")
-    large = matrices and d > MOST_FEATURES
+    large = matrices and d > _sizes.MOST_FEATURES
     m_step = 2 + (LARGE_LAUNCHES if large else 1) if matrices else 1
     launches = work.launches + m_step + 3  # the bound, the operands, and a copy of what the bound needs
     small = k * (8 * work.columns + (8 + item) * work.width)
@@ -149,68 +150,42 @@ def estimate(n: int, d: int, k: int, covariance_type: str, dtype: str = "float32
     }
     limit = max(times, key=times.__getitem__)
 
-    memory = n * (_multiple(d, 16) + 1) * item + work.scratch + small
+    memory = n * (_sizes.multiple(d, 16) + 1) * item + work.scratch + small
     memory += 3 * 8 * (k * (d + 1) + 2 * prod(covariance.shape(k, d)))  # the start, and two that take turns
     if kind == "none":
-        memory += 16 * min(n, SCATTER_ROWS) * d
+        memory += 16 * min(n, _sizes.SCATTER_ROWS) * d
     if large:
         memory += LARGE_MATRICES * 8 * prod(covariance.shape(k, d))
     return Estimate(work.flops, work.bytes + 2 * small, launches, times[limit], limit, memory)
 
 
-def _kind(covariance_type: str, d: int) -> str:
-    """The features that the kernels take for a type, as they call them."""
-    full = "products" if d <= MOST_PRODUCT_FEATURES else "centred"
-    return {"full": full, "tied": "none", "diag": "squares", "spherical": "norm"}[covariance_type]
-
-
 def _features(n: int, d: int, k: int, exact: bool, kind: str) -> _Work:
     """Products with features: logits and sums in one read where the components fit, with the logits twice else."""
-    item, ld = (8 if exact else 4), _multiple(d, 16)
-    second = {"squares": ld, "products": _multiple(d * (d + 1) // 2, 16)}.get(kind, 0)
-    tile = _padded(ld) + (_padded(second) if second else 0)
-    block = min(_padded(k), 16 if exact else 64)
-    while block > 16 and block * tile > FUSED_SUMS:
-        block //= 2
+    features, item = _sizes.Features(kind, d), 8 if exact else 4
+    block = features.tiles("accumulate", exact, k)["BLOCK_K"]
     fused = block >= k
-    slab = _slab_rows(n, PROGRAMS)
-    width = ld + second
-    partial = ceil(n / slab) * k * (width + 2) * item
-    row = (ld + (kind == "norm")) * item
-    flops = (2 if fused else 3) * 2 * n * _multiple(k, block) * tile
+    partial = ceil(n / _sizes.slab_rows(n, SLAB_TILE)) * k * (features.width + 2) * item
+    row = (features.ld + (kind == "norm")) * item
+    flops = (2 if fused else 3) * 2 * n * _sizes.multiple(k, block) * features.sums
     # Unfused: log-normalisers are written and read, labels are written.
     moved = n * row + 2 * partial + (0 if fused else n * (row + 2 * item + 4))
     scratch = partial + (0 if fused else n * (item + 4))
-    return _Work(flops, 3 * flops, moved, 2 if fused else 3, scratch, width + 2, width)
+    return _Work(flops, 3 * flops, moved, 2 if fused else 3, scratch, features.width + 2, features.width)
 
 
 def _centred(n: int, d: int, k: int, exact: bool) -> _Work:
     """Centred rows, in chunks whose logits stay in the cache; a triangle of the blocks of each matrix is computed."""
-    item, ld, tile = (8 if exact else 4), _multiple(d, 16), _padded(d)
-    block = min(tile, 32 if exact else 64)
+    item, ld = (8 if exact else 4), _sizes.multiple(d, 16)
+    tiles = _sizes.centred_tiles(exact, d)
+    tile, block = tiles["D"], tiles["BLOCK_D"]
     blocks = tile // block
     one = n * k * tile * block * (blocks + 1)  # 2 n k tile^2, of which (blocks + 1) / (2 blocks)
-    chunk = CHUNK_BYTES // (k * item) // MOST_SLAB_ROWS * MOST_SLAB_ROWS
-    chunk = min(max(chunk, LEAST_CHUNK_SLABS * MOST_SLAB_ROWS), MOST_CHUNK_ROWS, n)
+    chunk = min(_sizes.chunk_rows(k, item), n)
     chunks = ceil(n / chunk)
-    slab = _slab_rows(chunk, max(1, PROGRAMS // k))
+    slab = _sizes.slab_rows(chunk, SLAB_TILE, max(1, _sizes.PROGRAMS // k))
     columns = ld * ld + ld + 1
     partial = ceil(chunk / slab) * k * columns * item
     # Rows are read twice; of each chunk, partial sums are written and read, and their total read and written.
     moved = n * (2 * ld * item + 2 * item + 4) + chunks * (2 * partial + 16 * k * columns)
     scratch = partial + min(chunks, 2) * k * chunk * item + n * (item + 4)
     return _Work(2 * one, (5 if blocks == 1 else 6) * one, moved, 4 * chunks + 1, scratch, columns, ld * ld)
-
-
-def _padded(size: int) -> int:
-    """The smallest power of two that holds `size` and 16."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def _multiple(size: int, of: int) -> int:
-    return -(-size // of) * of
-
-
-def _slab_rows(n: int, programs: int) -> int:
-    """Rows of a slab, rounded to tiles of 32; the kernels' own tiles have 16 to 64."""
-    return _multiple(min(max(n // programs, 256), MOST_SLAB_ROWS), 32)

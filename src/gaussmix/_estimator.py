@@ -14,22 +14,27 @@ from typing import Any, ClassVar, Self, TypeVar, cast
 import numpy as np
 from array_api_compat import is_array_api_obj, is_dask_array
 from sklearn.base import BaseEstimator, DensityMixin, clone
-from sklearn.exceptions import NotFittedError
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_is_fitted
 
-from gaussmix import _interop, _persistence, _streaming
+from gaussmix import _interop, _persistence
 from gaussmix._arrays import array_namespace, asarray_like, floating_dtype, to_numpy, working_dtype
 from gaussmix._checkpoint import DATA
 from gaussmix._covariance import COVARIANCES, Covariance
 from gaussmix._data import Described, Rows, Stream
+from gaussmix._density import Density
 from gaussmix._dispatch import engine
-from gaussmix._distributed import process_group
-from gaussmix._engine import Engine, Fitting, stepwise
+from gaussmix._distributed import Group, Share, process_group
+from gaussmix._em import Callback, EMResult, stepwise
+from gaussmix._engine import Engine
+from gaussmix._fit import Continued, Found, Plan, Start
+from gaussmix._objective import MaximumLikelihood, density_of
 from gaussmix._parameters import Parameters
 from gaussmix._trainer import Settings, settings, trainer
 from gaussmix._typing import Array
 from gaussmix._validation import (
+    check_callback,
     check_covariance_type,
     check_enough_rows,
     check_real,
@@ -39,6 +44,7 @@ from gaussmix._validation import (
     validate_parameters,
     validate_rows,
 )
+from gaussmix._warnings import warn_user
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -424,9 +430,98 @@ class Mixture(DensityMixin, Persistent):
             return _with_covariances_that_hold(parameters, covariance).covariances
         return super().__getattr__(name)
 
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
-        """Fit the mixture to the rows of X; each estimator documents its own."""
-        raise NotImplementedError
+    @numpy_defaults
+    @takes_data
+    @whole_or_not_at_all
+    @in_group
+    def fit(
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        callback: Callback | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 10,
+        resume: bool = False,
+        distributed: Any = None,
+    ) -> Self:
+        """Fit the mixture to the rows of X.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, d)
+            NumPy, CuPy or torch array, any other array of the array API standard, list or data frame. float32 stays
+            float32, half precision becomes float32, integers become float64; sums run in float64 in any case.
+            Read block by block, anew in each pass (about three for the start, one an iteration), and never all in
+            memory: `numpy.memmap`, `h5py.Dataset` and `zarr.Array`; a torch `Dataset` or `DataLoader`; any object that
+            gives blocks of rows, or tuples that begin with one, each time it is iterated over; a Dask array. They
+            have to give the same rows each time, with `sample_weight` in the same order. `data` is another name for X.
+        y : None
+            Ignored; there for scikit-learn's pipelines.
+        sample_weight : array-like of shape (n,), optional
+            Weight of each row: an integer counts as so many equal rows, zero leaves a row out.
+        callback : callable, optional
+            Called after each iteration with its number, the mean log-likelihood of a row in its E-step and the
+            parameters after it (`weights`, `means`, `covariances`, `precision_cholesky`, in the precision that EM
+            runs in). The fit ends with what it has where the answer is true.
+        checkpoint : str or os.PathLike, optional
+            A file that says where the fit stands, written every `checkpoint_every` iterations and at its end; always
+            whole, whatever interrupts the fit. It takes the place of another checkpoint, of no other file, and belongs
+            to one fit at a time.
+        checkpoint_every : int, default 10
+            Iterations between two of them.
+        resume : bool, default False
+            Go on from `checkpoint` where there is such a file: the result is that of a fit that was not interrupted.
+            Rows, weights and settings have to be the same, but for the tolerance and the largest number of iterations.
+        distributed : "torch" or torch.distributed.ProcessGroup, optional
+            X is this process's share of the rows, which may be none: the processes that torchrun started, or those of
+            the group, fit one mixture to all of them. Attributes are the same in every process. So must be what it is
+            told, but for `batch_size`, `num_workers`, `verbose` and `callback`; an error in one process ends the fit in
+            all.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError, TypeError
+            For bad parameters, data that is not finite, and fewer rows than components or than two; in all processes
+            for settings in which they differ.
+        RuntimeError
+            If another process failed; the error has its message.
+        numpy.linalg.LinAlgError
+            If a covariance is not positive definite; also a `torch.linalg.LinAlgError` where torch is loaded.
+
+        Warns
+        -----
+        sklearn.exceptions.ConvergenceWarning
+            If the best start did not converge within `max_epochs` or `max_iter` iterations; if some of `n_init` starts
+            failed.
+        """
+        self._check_parameters()
+        check_callback(callback)
+        random_state = random_generator(self.random_state)
+        rows = self._validated(X, sample_weight, distributed)
+        check_enough_rows(rows.n_positive, *self._k)
+        plan = replace(
+            self._plan(rows),
+            callback=callback,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+        )
+        if checkpoint is not None:
+            plan = replace(plan, identity=self._identity(rows, plan.start))
+        result, self.backend_ = self._run(plan, rows, random_state, distributed)
+        if plan.max_iter and not result.converged:
+            warn_user(self._not_converged(len(result.lower_bounds)), ConvergenceWarning)
+        self._set_parameters(result.parameters, self._rounded(rows))
+        self._set_progress(result.lower_bounds, result.converged)
+        self.precision_ = result.precision
+        self.n_steps_ = 0
+        return self
 
     @classmethod
     @numpy_defaults
@@ -440,8 +535,9 @@ class Mixture(DensityMixin, Persistent):
         means : array-like of shape (k, d)
             Their library, device and dtype become those of all fitted arrays.
         covariances : array-like
-            Shape (k, d, d) for "full", (d, d) for "tied", (k, d) for "diag", (k,) for "spherical".
-        covariance_type : {"full", "tied", "diag", "spherical"}
+            Shape (k, d, d) for "full", (d, d) for "tied", (k, d) for "diag", (d,) for "tied_diag", (k,) for
+            "spherical".
+        covariance_type : {"full", "tied", "diag", "tied_diag", "spherical"}
             What the covariances are.
 
         Returns
@@ -550,21 +646,18 @@ class Mixture(DensityMixin, Persistent):
         )
         if is_new:
             check_enough_rows(rows.n_positive, *self._k)
-        on_rows: Any = engine(
-            self._placed(rows),
-            COVARIANCES[self.covariance_type],
-            self._reg_covar,
-            level=logging.INFO if is_new else logging.DEBUG,
-        )
-        begun = on_rows.rows
-        start = self._begin(on_rows) if is_new else self._continued("partial_fit", begun)
+        objective = self._objective
+        level = logging.INFO if is_new else logging.DEBUG
+        on_rows = engine(self._placed(rows), objective.covariance, level=level)
+        begun: Start = self._start(rows) if is_new else Continued(self._continued("partial_fit", rows))
+        start = begun(on_rows, objective, random_generator(self.random_state))
         n_steps = getattr(self, "n_steps_", 0)
-        bound, parameters = stepwise(on_rows, start, (n_steps + step_delay) ** -step_decay)
+        bound, parameters, precision = stepwise(on_rows, objective, start, (n_steps + step_delay) ** -step_decay)
         if not math.isfinite(bound):
             raise ValueError(f"the log-likelihood of X is {bound} under the mixture; rescale X, or start anew with fit")
         self._set_parameters(parameters, rows)
         self._set_progress([bound], converged=False)
-        self.backend_, self.precision_ = on_rows.backend, on_rows.precision
+        self.backend_, self.precision_ = on_rows.backend, precision
         self.n_steps_ = n_steps + 1
         return self
 
@@ -641,7 +734,8 @@ class Mixture(DensityMixin, Persistent):
         check_is_fitted(self, "means_")
         rows = validate_rows(self, X, reset=False, batch_size=self.batch_size, num_workers=self.num_workers)
         check_same_library(rows.like, self, self.means_, method)
-        return _Inference(rows, self._parameters, engine(self._placed(rows), self._covariance))
+        density = density_of(self._parameters, self._covariance)
+        return _Inference(rows, density, engine(self._placed(rows), self._covariance))
 
     def _placed(self, rows: Rows | Stream) -> Rows | Stream:
         """The rows where they are to be computed."""
@@ -663,11 +757,13 @@ class Mixture(DensityMixin, Persistent):
         """Where rows are computed, if not where they are."""
         return None
 
-    def _identity(self, rows: Described, warm: Parameters | None = None) -> dict[str, Any]:
-        """What the result of a fit depends on, but for its end, as JSON has it; `warm` is where it goes on from."""
+    def _identity(self, rows: Described, begun: Start) -> dict[str, Any]:
+        """What the result of a fit depends on, but for its end, as JSON has it."""
         told = {name: value for name, value in self._told().items() if name not in ENDS}
         dtype = told.pop("precision", None) or str(floating_dtype(rows.like)).rpartition(".")[2]
-        start = None if warm is None else np.concatenate([to_numpy(value).ravel() for value in vars(warm).values()])
+        start = None
+        if isinstance(begun, Continued):
+            start = np.concatenate([to_numpy(value).ravel() for value in vars(begun.parameters).values()])
         data = {"shape": list(rows.shape), "dtype": dtype, DATA: f"{rows.fingerprint():016x}"}
         return told | {"warm_start": described(start)} | data
 
@@ -685,9 +781,45 @@ class Mixture(DensityMixin, Persistent):
         """What is added to each variance."""
         raise NotImplementedError
 
-    def _begin(self, on_rows: Fitting) -> Parameters:
-        """Where EM starts."""
+    @property
+    def _objective(self) -> MaximumLikelihood:
+        """What a fit maximises."""
+        return MaximumLikelihood(COVARIANCES[self.covariance_type], float(self._reg_covar))
+
+    def _start(self, rows: Described) -> Found:
+        """Where EM starts, unless it goes on."""
         raise NotImplementedError
+
+    def _plan(self, rows: Described) -> Plan:
+        """A fit to these rows, as the constructor was told."""
+        raise NotImplementedError
+
+    def _run(
+        self, plan: Plan, rows: Any, random_state: np.random.RandomState, distributed: Group | None
+    ) -> tuple[EMResult, str]:
+        """The plan, where it is to be computed."""
+        return plan(rows if distributed is not None else self._placed(rows), random_state)
+
+    def _not_converged(self, n_iter: int) -> str:
+        """What is said after so many iterations."""
+        raise NotImplementedError
+
+    def _rounded(self, rows: Described) -> Described:
+        """Some rows in the precision that results are to have."""
+        return rows
+
+    def _validated(self, X: Any, sample_weight: Any, group: Group | None) -> Any:
+        """The rows to fit to; with a group, those of all its processes."""
+        rows = validate_rows(
+            self,
+            X,
+            reset=True,
+            min_rows=2 if group is None else 0,
+            sample_weight=sample_weight,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+        )
+        return rows if group is None else Share.of(self._placed(rows), group)
 
     def _set_progress(self, lower_bounds: list[float], converged: bool) -> None:
         """Publish how EM went."""
@@ -747,7 +879,8 @@ class Mixture(DensityMixin, Persistent):
         """N rows drawn from the mixture, grouped by component, and their components, on the host: (n, d), (n,)."""
         covariance, parameters = self._covariance, self._parameters
         drawing = _interop.to_sklearn(self, {"covariance_type": covariance.name}, {})
-        drawing.covariances_ = to_numpy(_with_covariances_that_hold(parameters, covariance).covariances)
+        held = to_numpy(_with_covariances_that_hold(parameters, covariance).covariances)
+        drawing.covariances_ = covariance.for_sklearn(held, len(drawing.weights_))
         weights = drawing.weights_.astype(np.float64)
         # Rounded to float32 they may add up to more than NumPy takes; else they are to draw what they always draw.
         drawing.weights_ = weights if abs(weights.sum() - 1) < 1e-12 else weights / weights.sum()
@@ -774,23 +907,20 @@ def _with_covariances_that_hold(parameters: Parameters, covariance: Covariance) 
 class _Inference:
     """Predictions for some rows, as the caller sees them: in the floating dtype of the data."""
 
-    def __init__(self, rows: Rows | Stream, parameters: Parameters, on_rows: Engine) -> None:
+    def __init__(self, rows: Rows | Stream, density: Density, on_rows: Engine) -> None:
         self._engine = on_rows
-        self._parameters = parameters.moved(on_rows.rows.like, on_rows.rows.dtype)
+        self._density = density.moved(on_rows.rows.like, on_rows.rows.dtype)
         self._like, self._dtype = rows.like, floating_dtype(rows.like)
 
     def labels(self) -> Array:
-        labels = self._engine.labels(self._parameters)
+        labels = self._engine.labels(self._density)
         return asarray_like(labels, self._like, array_namespace(self._like).int64)
 
     def responsibilities(self) -> Array:
-        return asarray_like(self._engine.responsibilities(self._parameters), self._like, self._dtype)
+        return asarray_like(self._engine.responsibilities(self._density), self._like, self._dtype)
 
     def log_evidence(self) -> Array:
-        return asarray_like(self._engine.log_evidence(self._parameters), self._like, self._dtype)
+        return asarray_like(self._engine.log_evidence(self._density), self._like, self._dtype)
 
     def mean_log_evidence(self) -> float:
-        if isinstance(self._engine, _streaming.Engine):
-            return self._engine.mean_log_evidence(self._parameters)
-        evidence = self._engine.log_evidence(self._parameters)
-        return float(array_namespace(evidence).mean(evidence))
+        return self._engine.mean_log_evidence(self._density)

@@ -12,9 +12,12 @@ from sklearn.cluster import kmeans_plusplus
 
 from gaussmix import _numpy
 from gaussmix._arrays import array_namespace, asarray_like, to_numpy
+from gaussmix._covariance import COVARIANCES, Covariance
 from gaussmix._data import Described, Rows
-from gaussmix._engine import Clusters, Fitting
-from gaussmix._parameters import Parameters, SufficientStatistics, maximize
+from gaussmix._engine import Engine
+from gaussmix._guard import CENTRED
+from gaussmix._objective import Objective
+from gaussmix._parameters import Parameters, SingularCovarianceError, SufficientStatistics
 from gaussmix._typing import Array
 
 # Centroids of a sample of m rows have an inertia about k / m above those of all rows: under half a percent.
@@ -42,7 +45,12 @@ class Responsibilities:
 
 
 def initialize(
-    engine: Fitting, k: int, strategy: str, random_state: np.random.RandomState, means: Array | None = None
+    engine: Engine,
+    objective: Objective,
+    k: int,
+    strategy: str,
+    random_state: np.random.RandomState,
+    means: Array | None = None,
 ) -> Parameters:
     """Parameters that EM starts from, for the rows of the engine.
 
@@ -57,19 +65,35 @@ def initialize(
         if means is None:
             means = find_means(rows, k, strategy, random_state)
         means = asarray_like(means, rows.like, rows.dtype)
-        statistics = engine.assign(means, means)
+        statistics = _assigned(engine, objective, means, means)
         centroids = statistics.means(means)
-        if _lie_far(means, centroids, statistics, engine):
-            statistics = engine.assign(means, centroids)
-    return maximize(statistics, means, engine.covariance, engine.reg_covar)
+        if _lie_far(means, centroids, objective.covariances(statistics), objective.covariance):
+            statistics = _assigned(engine, objective, means, centroids)
+    return objective.maximize(statistics, means)
 
 
-def _lie_far(means: Array, centroids: Array, statistics: SufficientStatistics, engine: Fitting) -> bool:
+def _assigned(engine: Engine, objective: Objective, means: Array, origin: Array) -> SufficientStatistics:
+    """Statistics of the rows nearest to each mean, in the first form that is exact enough for what they say."""
+    forms = engine.forms
+    while True:
+        statistics = engine.assign(means, origin, forms[0])
+        if len(forms) == 1 or statistics.precision == CENTRED.precision:
+            return statistics
+        try:
+            found = objective.maximize(statistics, asarray_like(means, statistics.counts))
+        except SingularCovarianceError:
+            forms = engine.next_form(forms, "a covariance came out singular")
+            continue
+        left = engine.choose(forms, objective.density(found))
+        if left == forms:
+            return statistics
+        forms = left
+
+
+def _lie_far(means: Array, centroids: Array, covariances: Array, covariance: Covariance) -> bool:
     """Whether moments about `means` (k, d) lose digits that moments about the centroids of their rows would keep."""
-    xp, covariance = array_namespace(centroids), engine.covariance
-    covariances = covariance.regularize(statistics.covariances(covariance), engine.reg_covar)
-    variances = covariance.variances(covariances)
-    return bool(xp.any((centroids - asarray_like(means, centroids)) ** 2 > FAR**2 * variances))
+    offsets = centroids - asarray_like(means, centroids)
+    return bool(array_namespace(offsets).any(offsets**2 > FAR**2 * covariance.variances(covariances)))
 
 
 def find_means(rows: Described, k: int, strategy: str, random_state: np.random.RandomState) -> Array:
@@ -80,7 +104,7 @@ def find_means(rows: Described, k: int, strategy: str, random_state: np.random.R
     if strategy != "kmeans":
         return seeds
     # The sample is in host memory, whatever library holds the data.
-    return lloyd(_numpy.Clusters(sample), seeds, tolerance=1e-4, max_iter=300).centroids
+    return lloyd(_numpy.in_memory(sample, COVARIANCES["spherical"]), seeds, tolerance=1e-4, max_iter=300).centroids
 
 
 def _seed_kmeans_plusplus(sample: Rows, k: int, random_state: np.random.RandomState) -> Array:
@@ -110,7 +134,7 @@ class KMeansResult:
 
 
 def lloyd(
-    on_rows: Clusters,
+    on_rows: Engine,
     seeds: Array,
     *,
     tolerance: float,
@@ -139,12 +163,12 @@ def lloyd(
     return KMeansResult(centroids, False, max_iter)
 
 
-def mean_squared_distance(on_rows: Clusters, centroids: Array) -> float:
+def mean_squared_distance(on_rows: Engine, centroids: Array) -> float:
     """Weighted mean of the squared distances of the rows to the nearest centroid."""
     return on_rows.rows.average(on_rows.squared_distances(centroids))
 
 
-def _update(on_rows: Clusters, centroids: Array, middle: Array) -> Array:
+def _update(on_rows: Engine, centroids: Array, middle: Array) -> Array:
     """One iteration of Lloyd's: the mean of the rows nearest to each centroid."""
     xp = array_namespace(centroids)
     # About the middle of the rows, sums keep their digits.
@@ -155,7 +179,7 @@ def _update(on_rows: Clusters, centroids: Array, middle: Array) -> Array:
     return _reseeded(on_rows, moved, empty, n_empty) if n_empty else moved
 
 
-def _reseeded(on_rows: Clusters, centroids: Array, empty: Array, n_empty: int) -> Array:
+def _reseeded(on_rows: Engine, centroids: Array, empty: Array, n_empty: int) -> Array:
     """Empty clusters moved to the rows farthest from all centroids; unmoved where every row lies on one."""
     rows = on_rows.rows
     order, distances = rows.largest(on_rows.squared_distances(centroids), n_empty)

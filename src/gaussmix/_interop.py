@@ -37,9 +37,13 @@ def to_sklearn(mixture: Any, params: dict[str, Any], fitted: dict[str, Any]) -> 
     on_host = {name: to_numpy(value) if is_array_api_obj(value) else value for name, value in params.items()}
     converted = GaussianMixture(**deepcopy(on_host))
     arrays = {name: np.array(to_numpy(getattr(mixture, name))) for name in ARRAYS}
+    covariance = COVARIANCES[converted.covariance_type]
+    converted.covariance_type = covariance.sklearn_name
+    for name in ("covariances_", "precisions_cholesky_"):
+        arrays[name] = np.array(covariance.for_sklearn(arrays[name], len(arrays["weights_"])))
     vars(converted).update({"n_features_in_": arrays["means_"].shape[1]} | fitted | arrays)
     factors = converted.precisions_cholesky_.astype(converted.covariances_.dtype)
-    converted.precisions_ = COVARIANCES[converted.covariance_type].square(factors)
+    converted.precisions_ = covariance.square(factors)
     return converted
 
 

@@ -15,7 +15,7 @@ from gaussmix._data import Rows, Stream
 from gaussmix._dispatch import clusters, distances, shareable
 from gaussmix._distributed import Group, launch
 from gaussmix._em import progress_bar
-from gaussmix._engine import Clusters
+from gaussmix._engine import Engine
 from gaussmix._estimator import Trained, averaged, by_block, numpy_defaults, takes_data, whole_or_not_at_all
 from gaussmix._initialization import (
     SAMPLE_ROWS,
@@ -174,7 +174,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         """
         rows = self._rows(X, "predict")
         on_rows = clusters(self._settings(warn=False).placed(rows))
-        labels = on_rows.labels(self._centroids(on_rows))
+        labels = on_rows.nearest(self._centroids(on_rows))
         return asarray_like(labels, rows.like, array_namespace(rows.like).int64)
 
     @takes_data
@@ -273,7 +273,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         check_same_library(rows.like, self, self.centroids_, method)
         return rows
 
-    def _centroids(self, on_rows: Clusters) -> Array:
+    def _centroids(self, on_rows: Engine) -> Array:
         return asarray_like(self.centroids_, on_rows.rows.like, on_rows.rows.dtype)
 
 

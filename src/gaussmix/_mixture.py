@@ -1,7 +1,5 @@
 """GaussianMixture with PyCave's signature."""
 
-import logging
-import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,44 +7,32 @@ from importlib.util import find_spec
 from typing import Any, Self
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 
 from gaussmix import _interop
 from gaussmix._arrays import asarray_like, to_numpy
-from gaussmix._checkpoint import opened, run
-from gaussmix._covariance import COVARIANCES
 from gaussmix._data import Described, Rows, Stream
-from gaussmix._dispatch import engine, shareable
+from gaussmix._dispatch import shareable
 from gaussmix._distributed import Group, Share, launch, share_of
-from gaussmix._em import Callback, EMResult, progress_bar
-from gaussmix._engine import Fitting
+from gaussmix._em import EMResult
 from gaussmix._estimator import (
     Mixture,
     Trained,
     averaged,
     by_block,
-    in_group,
     numpy_defaults,
     takes_data,
-    whole_or_not_at_all,
 )
-from gaussmix._initialization import initialize
-from gaussmix._parameters import Parameters
+from gaussmix._fit import Found, Plan
 from gaussmix._trainer import Settings
 from gaussmix._typing import Array
 from gaussmix._validation import (
-    check_callback,
     check_covariance_type,
-    check_enough_rows,
     check_integer,
     check_option,
     check_real,
-    random_generator,
     validate_array,
-    validate_rows,
 )
-from gaussmix._warnings import warn_user
 
 INIT_STRATEGIES = ("kmeans", "kmeans++", "random", "random_from_data")
 
@@ -71,9 +57,9 @@ class GaussianMixture(Mixture, Trained):
     ----------
     num_components : int, default 1
         Number of components, k.
-    covariance_type : {"full", "tied", "diag", "spherical"}, default "diag"
-        One matrix for each component, one for all, one variance for each component and feature, or one variance for
-        each component.
+    covariance_type : {"full", "tied", "diag", "tied_diag", "spherical"}, default "diag"
+        One matrix for each component, one for all, one variance for each component and feature, one for each feature
+        (shared by all components: EEI in mclust), or one variance for each component.
     init_strategy : {"kmeans", "kmeans++", "random", "random_from_data"}, default "kmeans"
         How EM starts: rows belong to the nearest centroid of k-means, the nearest seed of k-means++, or the nearest of
         k rows drawn at random; "random" draws the responsibilities of each row instead. k-means and its seeds see a
@@ -105,10 +91,10 @@ class GaussianMixture(Mixture, Trained):
     weights_ : array of shape (k,)
     means_ : array of shape (k, d)
     covariances_, precisions_cholesky_ : array
-        Shape (k, d, d) for "full", (d, d) for "tied", (k, d) for "diag", (k,) for "spherical". U is upper triangular
-        with U U^T = Sigma^-1. Like all arrays here in the library, on the device and in the dtype of the data; where
-        float32 has no room for what the factor says of the covariances (two features that nearly agree), they are in
-        float64.
+        Shape (k, d, d) for "full", (d, d) for "tied", (k, d) for "diag", (d,) for "tied_diag", (k,) for "spherical". U
+        is upper triangular with U U^T = Sigma^-1. Like all arrays here in the library, on the device and in the dtype
+        of the data; where float32 has no room for what the factor says of the covariances (two features that nearly
+        agree), they are in float64.
     covariance_type_ : str
         The covariance type of what was fitted.
     model_ : gaussmix.GaussianMixtureModel
@@ -176,117 +162,6 @@ class GaussianMixture(Mixture, Trained):
         self.trainer_params = trainer_params
         self.num_workers = num_workers
         self.random_state = random_state
-
-    @numpy_defaults
-    @takes_data
-    @whole_or_not_at_all
-    @in_group
-    def fit(
-        self,
-        X: Any,
-        y: Any = None,
-        sample_weight: Any = None,
-        *,
-        callback: Callback | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        checkpoint_every: int = 10,
-        resume: bool = False,
-        distributed: Any = None,
-    ) -> Self:
-        """Fit the mixture to the rows of X.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, d)
-            NumPy, CuPy or torch array, any other array of the array API standard, list or data frame. float32 stays
-            float32, half precision becomes float32, integers become float64; sums run in float64 in any case.
-            Read block by block, anew in each pass (about three for the start, one an iteration), and never all in
-            memory: `numpy.memmap`, `h5py.Dataset` and `zarr.Array`; a torch `Dataset` or `DataLoader`; any object that
-            gives blocks of rows, or tuples that begin with one, each time it is iterated over; a Dask array. They
-            have to give the same rows each time, with `sample_weight` in the same order. `data` is another name for X.
-        y : None
-            Ignored; there for scikit-learn's pipelines.
-        sample_weight : array-like of shape (n,), optional
-            Weight of each row: an integer counts as so many equal rows, zero leaves a row out.
-        callback : callable, optional
-            Called after each iteration with its number, the mean log-likelihood of a row in its E-step and the
-            parameters after it (`weights`, `means`, `covariances`, `precision_cholesky`, in the precision that EM
-            runs in). The fit ends with what it has where the answer is true.
-        checkpoint : str or os.PathLike, optional
-            A file that says where the fit stands, written every `checkpoint_every` iterations and at its end; always
-            whole, whatever interrupts the fit. It takes the place of another checkpoint, of no other file, and belongs
-            to one fit at a time.
-        checkpoint_every : int, default 10
-            Iterations between two of them.
-        resume : bool, default False
-            Go on from `checkpoint` where there is such a file: the result is that of a fit that was not interrupted.
-            Rows, weights and settings have to be the same, but for the tolerance and the largest number of iterations.
-        distributed : "torch" or torch.distributed.ProcessGroup, optional
-            X is this process's share of the rows, which may be none: the processes that torchrun started, or those of
-            the group, fit one mixture to all of them. Attributes are the same in every process. So must be what it is
-            told, but for `batch_size`, `num_workers` and `callback`; an error in one process ends the fit in all.
-
-        Returns
-        -------
-        self
-
-        Raises
-        ------
-        ValueError, TypeError
-            For bad parameters, data that is not finite, and fewer rows than components or than two; in all processes
-            for settings in which they differ.
-        RuntimeError
-            If another process failed; the error has its message.
-        numpy.linalg.LinAlgError
-            If a covariance is not positive definite; also a `torch.linalg.LinAlgError` where torch is loaded.
-
-        Warns
-        -----
-        sklearn.exceptions.ConvergenceWarning
-            If EM did not converge within `max_epochs` iterations.
-        """
-        self._check_parameters()
-        check_callback(callback)
-        settings = self._settings()
-        if distributed is not None and settings.fabric is not None:
-            raise ValueError(
-                f"trainer_params starts processes ({settings.fabric}), and distributed names some that are there; "
-                "leave one of them out"
-            )
-        random_state = random_generator(self.random_state)
-        rows = self._validated(X, sample_weight, distributed)
-        k = self.num_components
-        check_enough_rows(rows.n_positive, "num_components", k)
-        run = _Run(
-            k,
-            self.covariance_type,
-            self.init_strategy,
-            self._init_means(rows),
-            self.covariance_regularization,
-            self.convergence_tolerance,
-            settings,
-            callback,
-            checkpoint,
-            checkpoint_every,
-            {} if checkpoint is None else self._identity(rows),
-            resume,
-        )
-        if settings.fabric is None:
-            result, self.backend_, self.precision_ = run(rows, random_state)
-        else:
-            result, self.backend_, self.precision_ = launch(
-                settings.fabric, partial(run.shared, self._told(), shareable(rows), random_state)
-            )
-        if settings.max_epochs and not result.converged:
-            warn_user(
-                f"EM did not converge within {len(result.lower_bounds)} iterations; increase "
-                f"trainer_params['max_epochs'] or convergence_tolerance (now {self.convergence_tolerance:g})",
-                ConvergenceWarning,
-            )
-        self._set_parameters(result.parameters, Rows(settings.rounded(rows.like[:0, :])))
-        self._set_progress(result.lower_bounds, result.converged)
-        self.n_steps_ = 0
-        return self
 
     @numpy_defaults
     @takes_data
@@ -475,94 +350,57 @@ class GaussianMixture(Mixture, Trained):
     def _reg_covar(self) -> float:
         return self.covariance_regularization
 
-    def _begin(self, on_rows: Fitting) -> Parameters:
-        random_state = random_generator(self.random_state)
-        return initialize(
-            on_rows, self.num_components, self.init_strategy, random_state, self._init_means(on_rows.rows)
+    def _start(self, rows: Described) -> Found:
+        means = self.init_means
+        if means is not None:
+            means = validate_array("init_means", means, (self.num_components, rows.shape[1]))
+        return Found(self.num_components, self.init_strategy, means)
+
+    def _plan(self, rows: Described) -> Plan:
+        settings = self._settings()
+        return Plan(
+            objective=self._objective,
+            start=self._start(rows),
+            tolerance=self.convergence_tolerance,
+            max_iter=settings.max_epochs,
+            shows_bar=settings.progress_bar,
         )
 
-    def _init_means(self, rows: Described) -> Array | None:
-        if self.init_means is None:
-            return None
-        return validate_array("init_means", self.init_means, (self.num_components, rows.shape[1]))
+    def _run(
+        self, plan: Plan, rows: Any, random_state: np.random.RandomState, distributed: Group | None
+    ) -> tuple[EMResult, str]:
+        settings = self._settings(warn=False)
+        if settings.fabric is None:
+            return super()._run(plan, rows, random_state, distributed)
+        if distributed is not None:
+            raise ValueError(
+                f"trainer_params starts processes ({settings.fabric}), and distributed names some that are there; "
+                "leave one of them out"
+            )
+        return launch(settings.fabric, partial(_shared, plan, settings, self._told(), shareable(rows), random_state))
+
+    def _rounded(self, rows: Described) -> Described:
+        return Rows(self._settings(warn=False).rounded(rows.like[:0, :]))
+
+    def _not_converged(self, n_iter: int) -> str:
+        return (
+            f"EM did not converge within {n_iter} iterations; increase trainer_params['max_epochs'] or "
+            f"convergence_tolerance (now {self.convergence_tolerance:g})"
+        )
 
     def _set_progress(self, lower_bounds: list[float], converged: bool) -> None:
         self.converged_, self.num_iter_, self.lower_bounds_ = converged, len(lower_bounds), lower_bounds
         self.nll_ = -lower_bounds[-1] if lower_bounds else float("inf")
 
-    def _validated(self, X: Any, sample_weight: Any, group: Group | None) -> Any:
-        """The rows to fit to; with a group, those of all its processes."""
-
-        def validated() -> Rows | Stream:
-            return validate_rows(
-                self,
-                X,
-                reset=True,
-                min_rows=2 if group is None else 0,
-                sample_weight=sample_weight,
-                batch_size=self.batch_size,
-                num_workers=self.num_workers,
-            )
-
-        if group is None:
-            return validated()
-        return Share.of(self._placed(validated()), group)
-
     def _placed(self, rows: Rows | Stream) -> Rows | Stream:
         return self._settings(warn=False).placed(rows)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A fit, apart from its data and its random numbers: what other processes are told."""
-
-    k: int
-    covariance_type: str
-    init_strategy: str
-    means: Array | None
-    reg_covar: float
-    tolerance: float
-    settings: Settings
-    callback: Callback | None
-    checkpoint: str | os.PathLike[str] | None
-    checkpoint_every: int
-    identity: dict[str, Any]
-    resume: bool
-
-    def __call__(self, rows: Rows | Stream | Share, random_state: np.random.RandomState) -> tuple[EMResult, str, str]:
-        """Start and EM: the result, the implementation and its arithmetic."""
-        group, callback = rows.group if isinstance(rows, Share) else None, self.callback
-        if isinstance(rows, Share):
-            random_state = rows.group.from_first(random_state)
-            callback = rows.group.agreed(callback)
-        else:
-            rows = self.settings.placed(rows)
-        max_iter = self.settings.max_epochs
-        is_shown = self.settings.progress_bar and (group is None or group.rank == 0)
-        with (
-            opened(self.checkpoint, self.checkpoint_every, self.identity, resume=self.resume, group=group) as noted,
-            progress_bar(is_shown, max_iter, "log-likelihood", rows.shape[0]) as bar,
-        ):
-            checkpoint, state = noted
-            if bar is not None and isinstance(rows, Stream):
-                rows = rows.watched(bar.read)
-            on_rows = engine(rows, COVARIANCES[self.covariance_type], self.reg_covar, level=logging.INFO)
-            result = run(
-                on_rows,
-                lambda: initialize(on_rows, self.k, self.init_strategy, random_state, self.means),
-                tolerance=self.tolerance,
-                max_iter=max_iter,
-                callbacks=[each for each in (bar, callback) if each is not None],
-                checkpoint=checkpoint,
-                state=state,
-            )
-        return result, on_rows.backend, on_rows.precision
-
-    def shared(
-        self, told: dict[str, Any], rows: Rows, random_state: np.random.RandomState, group: Group
-    ) -> tuple[EMResult, str, str]:
-        """The same in processes that all have the rows; with arrays in host memory, which travel between them."""
-        group.compare(told | {"the shape of X": rows.shape})
-        placed = replace(self.settings, device=group.device).placed(rows.part(share_of(rows, group)))
-        result, backend, precision = self(Share.of(placed, group), random_state)
-        return replace(result, parameters=result.parameters.mapped(to_numpy)), backend, precision
+def _shared(
+    plan: Plan, settings: Settings, told: dict[str, Any], rows: Rows, random_state: np.random.RandomState, group: Group
+) -> tuple[EMResult, str]:
+    """The fit in processes that all have the rows; with arrays in host memory, which travel between them."""
+    group.compare(told | {"the shape of X": rows.shape})
+    placed = replace(settings, device=group.device).placed(rows.part(share_of(rows, group)))
+    result, backend = plan(Share.of(placed, group), random_state)
+    return replace(result, parameters=result.parameters.mapped(to_numpy)), backend

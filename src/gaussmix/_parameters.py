@@ -1,15 +1,18 @@
 """What an E-step hands to an M-step, and back: `SufficientStatistics` and `Parameters`."""
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from gaussmix._arrays import array_namespace, asarray_like
+from gaussmix._arrays import array_namespace, asarray_like, device
 from gaussmix._covariance import Covariance
 from gaussmix._typing import Array, DType
+
+# The name of the most exact arithmetic that there is.
+CENTRED_PRECISION = "centred-float64"
 
 
 @dataclass(frozen=True)
@@ -43,27 +46,26 @@ class SufficientStatistics:
     first_moments: Array  # (k, d): sum of r_ik (x_i - origin)
     second_moments: Array  # as the covariance type stores them
     log_likelihood: Array  # scalar: sum of log-evidences
+    precision: str = ""  # the arithmetic that they were computed in, where that is known
+
+    @classmethod
+    def of_nothing(cls, origin: Array, covariance: Covariance) -> "SufficientStatistics":
+        """Those of no rows about `origin` (k, d)."""
+        xp, (k, d) = array_namespace(origin), origin.shape
+        shapes = ((k,), (k, d), covariance.moments_shape(k, d), ())
+        return cls(origin, *(xp.zeros(shape, dtype=origin.dtype, device=device(origin)) for shape in shapes))
 
     def __add__(self, other: "SufficientStatistics") -> "SufficientStatistics":
         if other.origin is not self.origin and not bool(array_namespace(self.origin).all(self.origin == other.origin)):
             raise ValueError("statistics about different origins do not add; compute both with the same parameters")
-        return SufficientStatistics(
-            self.origin,
-            self.counts + other.counts,
-            self.first_moments + other.first_moments,
-            self.second_moments + other.second_moments,
-            self.log_likelihood + other.log_likelihood,
-        )
+        sums = (mine + others for mine, others in zip(self.sums, other.sums, strict=True))
+        # Some blocks may be computed in a more exact arithmetic than the rest, and always in the same one.
+        precision = self.precision if other.precision == CENTRED_PRECISION else other.precision
+        return replace(self.summed(sums), precision=precision)
 
     def scaled(self, factor: float) -> "SufficientStatistics":
         """The statistics of so many times the rows."""
-        return SufficientStatistics(
-            self.origin,
-            factor * self.counts,
-            factor * self.first_moments,
-            factor * self.second_moments,
-            factor * self.log_likelihood,
-        )
+        return self.summed(factor * value for value in self.sums)
 
     def about(self, origin: Array, covariance: Covariance) -> "SufficientStatistics":
         """The same statistics about another origin."""
@@ -79,6 +81,7 @@ class SufficientStatistics:
             self.counts[:, None] * moved,
             covariance.recentre(central, -self.counts, moved),
             self.log_likelihood,
+            self.precision,
         )
 
     def means(self, empty: Array) -> Array:
@@ -96,35 +99,19 @@ class SufficientStatistics:
         """From the origin to the means of the rows: (k, d)."""
         return self.first_moments / array_namespace(self.counts).where(self.counts > 0, self.counts, 1)[:, None]
 
+    def lower_bound(self, penalty: float = 0.0) -> float:
+        """Mean log-evidence of the rows, with the penalty added to their sum."""
+        return float((self.log_likelihood + penalty) / array_namespace(self.counts).sum(self.counts))
+
     @property
-    def lower_bound(self) -> float:
-        """Mean log-evidence of the rows."""
-        return float(self.log_likelihood / array_namespace(self.counts).sum(self.counts))
+    def sums(self) -> tuple[Array, ...]:
+        """What adds."""
+        return self.counts, self.first_moments, self.second_moments, self.log_likelihood
 
-
-def maximize(statistics: SufficientStatistics, means: Array, covariance: Covariance, reg_covar: float) -> Parameters:
-    """The M-step: the parameters of largest likelihood for these statistics, `reg_covar` added to each variance.
-
-    A component without rows keeps its place: its mean stays that of `means`, its weight is 0.
-    """
-    xp = array_namespace(statistics.counts)
-    counts = statistics.counts
-    covariances = covariance.regularize(statistics.covariances(covariance), reg_covar)
-    precision_cholesky = covariance.precision_cholesky(covariances)
-    if not bool(xp.all(xp.isfinite(precision_cholesky))):
-        component = covariance.first_singular(precision_cholesky)
-        count = xp.sum(counts) if component is None else counts[component]
-        raise singular_covariance(component, float(count), reg_covar)
-    return Parameters(counts / xp.sum(counts), statistics.means(means), covariances, precision_cholesky)
-
-
-def statistics_of(parameters: Parameters, covariance: Covariance, reg_covar: float) -> SufficientStatistics:
-    """Statistics of weight 1 in all from which `maximize` makes these parameters; without a likelihood."""
-    weights, means = parameters.weights, parameters.means
-    estimated = covariance.regularize(parameters.covariances, -reg_covar)
-    return SufficientStatistics(
-        means, weights, 0 * means, covariance.scatter(estimated, weights, means.shape[1]), 0 * weights[0]
-    )
+    def summed(self, sums: Iterable[Array]) -> "SufficientStatistics":
+        """These statistics with other sums."""
+        counts, first_moments, second_moments, log_likelihood = sums
+        return SufficientStatistics(self.origin, counts, first_moments, second_moments, log_likelihood, self.precision)
 
 
 class SingularCovarianceError(np.linalg.LinAlgError):

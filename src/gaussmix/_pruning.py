@@ -10,7 +10,6 @@ left out: what they would add is smaller than rounding. For the rest x - mu_k is
 in float64, for many rows of a component at once.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,7 +18,9 @@ import numpy as np
 from gaussmix._array_api import nearest
 from gaussmix._covariance import Covariance
 from gaussmix._data import slices
-from gaussmix._parameters import Parameters, SufficientStatistics
+from gaussmix._density import Density
+from gaussmix._guard import CENTRED
+from gaussmix._parameters import SufficientStatistics
 from gaussmix._typing import Array
 
 # A responsibility below exp(-100) = 4e-44 is left out; a component whose count comes out below SMALLEST_COUNT might
@@ -36,10 +37,16 @@ BLOCK_ROWS = 2**11
 class Bounds:
     """Upper bounds on the weighted log-densities of all components."""
 
-    constants: Array  # (k,): log pi_k + log det U_k - d log(2 pi) / 2
+    constants: Array  # (k,): the log-offsets
     steepness: Array  # (k,): lambda_k
     offsets: Array  # (k, d): mu_k - shift
     shift: Array  # (d,)
+
+    @classmethod
+    def of_density(cls, density: Density, shift: Array) -> "Bounds":
+        """The bounds of this mixture; `shift` keeps the digits of the products."""
+        steepness = np.broadcast_to(1 / density.covariance.norm(density.covariances), density.log_offsets.shape)
+        return cls(density.log_offsets, steepness, density.means - shift, shift)
 
     def of(self, rows: Array) -> Array:
         """Upper bounds for rows (b, d), in their dtype: (k, b). Rounding is added, so that they stay upper bounds."""
@@ -65,34 +72,25 @@ class Bounds:
         return labels
 
 
-def bounds_of(parameters: Parameters, covariance: Covariance, shift: Array, log_weights: Array) -> Bounds:
-    """The bounds for these parameters; `shift` keeps the digits of the products."""
-    k, d = parameters.means.shape
-    constants = log_weights + covariance.log_det(parameters.precision_cholesky, d) - 0.5 * d * math.log(2 * math.pi)
-    steepness = np.broadcast_to(1 / covariance.norm(parameters.covariances), (k,))
-    return Bounds(constants, steepness, parameters.means - shift, shift)
-
-
 def expect(
     rows: Array,
     weight: Array | None,
     labels: Array,
-    parameters: Parameters,
-    covariance: Covariance,
+    density: Density,
     bounds: Bounds,
 ) -> SufficientStatistics:
     """Statistics of `rows` (n, d) about the components' means.
 
     `labels` (n,) is a component that each row is thought to belong to, any will do; it is left with the likeliest.
     """
-    sums = _Sums(parameters.means, covariance)
+    sums = _Sums(density.means, density.covariance)
     for group in slices(len(rows), GROUP_ROWS):
         own_weight = None if weight is None else weight[group]
 
         def add(k: int, index: Array, centred: Array, own_weight: Array | None = own_weight) -> None:
             sums.add_centred(k, centred, None if own_weight is None else own_weight[index])
 
-        found = _responsibilities(rows[group], labels[group], parameters, covariance, bounds, add)
+        found = _responsibilities(rows[group], labels[group], density, bounds, add)
         evidence, rest = found.evidence, np.unique(found.index)
         index = np.concatenate([rest, found.index])
         components = np.concatenate([labels[group][rest], found.components])
@@ -105,28 +103,28 @@ def expect(
     return sums.statistics()
 
 
-def log_evidence(rows: Array, parameters: Parameters, covariance: Covariance, bounds: Bounds, out: Array) -> None:
+def log_evidence(rows: Array, density: Density, bounds: Bounds, out: Array) -> None:
     """Log-density of `rows` (n, d) under the mixture, into `out` (n,)."""
     for group in slices(len(rows), GROUP_ROWS):
         labels = bounds.guess(rows[group])
-        out[group] = _responsibilities(rows[group], labels, parameters, covariance, bounds).evidence
+        out[group] = _responsibilities(rows[group], labels, density, bounds).evidence
 
 
-def responsibilities(rows: Array, parameters: Parameters, covariance: Covariance, bounds: Bounds, out: Array) -> None:
+def responsibilities(rows: Array, density: Density, bounds: Bounds, out: Array) -> None:
     """Posterior probability of each component given the row, into `out` (n, k); exactly 0 for those left out."""
     out[...] = 0
     for group in slices(len(rows), GROUP_ROWS):
         labels = bounds.guess(rows[group])
-        found = _responsibilities(rows[group], labels, parameters, covariance, bounds)
+        found = _responsibilities(rows[group], labels, density, bounds)
         out[np.arange(group.start, group.stop), labels] = found.own
         out[group.start + found.index, found.components] = found.others
 
 
-def labels(rows: Array, parameters: Parameters, covariance: Covariance, bounds: Bounds, out: Array) -> None:
+def labels(rows: Array, density: Density, bounds: Bounds, out: Array) -> None:
     """The component of largest responsibility for each of `rows` (n, d), into `out` (n,)."""
     for group in slices(len(rows), GROUP_ROWS):
         guess = bounds.guess(rows[group])
-        out[group] = _responsibilities(rows[group], guess, parameters, covariance, bounds).likeliest
+        out[group] = _responsibilities(rows[group], guess, density, bounds).likeliest
 
 
 def assign(
@@ -155,8 +153,7 @@ class _Responsibilities:
 def _responsibilities(
     rows: Array,
     labels: Array,
-    parameters: Parameters,
-    covariance: Covariance,
+    density: Density,
     bounds: Bounds,
     add: Callable[[int, Array, Array], None] = lambda k, index, centred: None,
 ) -> _Responsibilities:
@@ -167,7 +164,7 @@ def _responsibilities(
     """
 
     def weighted_log_prob(k: int, centred: Array) -> Array:
-        whitened = covariance.whiten(centred[None], parameters.precision_cholesky[k : k + 1])[0]
+        whitened = density.covariance.whiten(centred[None], density.precision_cholesky[k : k + 1])[0]
         return bounds.constants[k] - 0.5 * np.einsum("bd,bd->b", whitened, whitened)
 
     # Arrays of this size that are made anew cost more page faults than work where malloc gives memory back at once.
@@ -181,7 +178,7 @@ def _responsibilities(
         for part in slices(len(places), -(-len(places) // n_blocks)):
             index = places[part]
             x = np.take(rows, index, axis=0, out=x_buffer[: len(index)], mode="clip")
-            centred = np.subtract(x, parameters.means[k], out=centred_buffer[: len(index)])
+            centred = np.subtract(x, density.means[k], out=centred_buffer[: len(index)])
             known[index] = weighted_log_prob(k, centred)
             upper = bounds.of_shifted(np.subtract(x, shift, out=x))
             candidate = ~(upper < (known[index] - MARGIN).astype(upper.dtype))  # a bound that overflowed is NaN: kept
@@ -196,7 +193,7 @@ def _responsibilities(
     index, components = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     values = np.empty(len(index))
     for k, places in _members(components):
-        values[places] = weighted_log_prob(k, rows[index[places]] - parameters.means[k])
+        values[places] = weighted_log_prob(k, rows[index[places]] - density.means[k])
     largest = known.copy()
     np.maximum.at(largest, index, values)
     known, values = np.exp(known - largest), np.exp(values - largest[index])
@@ -218,7 +215,7 @@ class _Sums:
         k, d = means.shape
         self.means, self.covariance = means, covariance
         self.counts, self.first_moments = np.zeros(k), np.zeros((k, d))
-        self.second_moments = np.zeros(covariance.shape(k, d))
+        self.second_moments = np.zeros(covariance.moments_shape(k, d))
         self.log_likelihood = 0.0
 
     def add(self, rows: Array, index: Array, components: Array, r: Array) -> None:
@@ -237,16 +234,15 @@ class _Sums:
             centred *= np.sqrt(r)[:, None]
         # The product of a matrix and its own transpose takes BLAS half the operations.
         moments = self.covariance.second_moments(centred[None], centred[None])
-        if self.covariance.n_quadratic(self.means.shape[1]):
-            self.second_moments[k] += moments[0]
-        else:
+        if self.covariance.shares_moments:
             self.second_moments += moments
+        else:
+            self.second_moments[k] += moments[0]
 
     def statistics(self) -> SufficientStatistics:
         """The sums by their names."""
-        return SufficientStatistics(
-            self.means, self.counts, self.first_moments, self.second_moments, np.asarray(self.log_likelihood)
-        )
+        moments = (self.counts, self.first_moments, self.second_moments)
+        return SufficientStatistics(self.means, *moments, np.asarray(self.log_likelihood), CENTRED.precision)
 
 
 def _members(labels: Array) -> Iterator[tuple[int, Array]]:

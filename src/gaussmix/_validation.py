@@ -564,8 +564,7 @@ def validate_precisions(value: Any, covariance: Covariance, k: int, d: int) -> A
     name = f"{covariance.name} precision"
     precisions = validate_array(name, value, covariance.shape(k, d))
     xp = array_namespace(precisions)
-    are_matrices = covariance.shape(1, 2)[-2:] == (2, 2)
-    if are_matrices:
+    if covariance.has_matrices:
         # As much as scikit-learn lets pass: inverses of ill-conditioned matrices are less symmetric than these.
         transposed = xp.matrix_transpose(precisions)
         difference = xp.abs(precisions - transposed)
@@ -579,7 +578,7 @@ def validate_precisions(value: Any, covariance: Covariance, k: int, d: int) -> A
     try:
         covariance.validate(precisions, k, d, "precisions_init")
     except ValueError as error:
-        kind = "symmetric, positive-definite" if are_matrices else "positive"
+        kind = "symmetric, positive-definite" if covariance.has_matrices else "positive"
         raise ValueError(f"'{name}' should be {kind}: {error}") from None
     return precisions
 
@@ -600,17 +599,20 @@ def validate_parameters(weights: Any, means: Any, covariances: Any, covariance: 
     return Parameters(weights, means, exact, covariance.precision_cholesky(exact)).moved(means, dtype)
 
 
-def check_mixture(weights: Array, means: Array, precision_cholesky: Array, covariance: Covariance) -> None:
+def check_mixture(
+    weights: Array, means: Array, precision_cholesky: Array, covariance: Covariance, tolerance: float = 1e-2
+) -> None:
     """Raise ValueError unless a file's arrays are the parameters of a mixture, in whatever precision they were saved.
 
+    The sum of the weights may be off by `tolerance`: PyCave's are float32 sums over all rows, and bfloat16, in which
+    they may once have been, has 8 bits.
     The factors decide: covariances that were rounded to float32 may be singular where their factors are not.
     """
     if len(means.shape) != 2 or 0 in means.shape:
         raise ValueError(f"means has shape {tuple(means.shape)}; expected (number of components, number of features)")
     k, d = means.shape
     validate_array("means", means, (k, d))
-    # PyCave's weights are float32 sums over all rows, and bfloat16, in which they may once have been, has 8 bits.
-    validate_mixture_weights("weights", weights, k, tolerance=1e-2)
+    validate_mixture_weights("weights", weights, k, tolerance)
     factors = validate_array("precisions_cholesky", precision_cholesky, covariance.shape(k, d))
     if not bool(covariance.is_factor(factors)):
         raise ValueError(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gaussmix import _array_api
 from gaussmix._arrays import floating_dtype
 from gaussmix._covariance import COVARIANCES
+from gaussmix._density import Density, log_offsets
 from gaussmix._files import (
     SAVE_AGAIN,
     UNREADABLE,
@@ -34,7 +35,7 @@ from gaussmix._files import (
     with_arrays,
 )
 from gaussmix._gpu import as_tensor
-from gaussmix._parameters import Parameters, singular_covariance
+from gaussmix._parameters import singular_covariance
 from gaussmix._validation import check_covariance_type, check_integer, check_mixture, validate_array
 
 __all__ = [
@@ -67,7 +68,7 @@ OLD_OVERHEAD = 2**16
 # What a config or buffers of another kind raise.
 INVALID = (TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
-CovarianceType: TypeAlias = Literal["full", "tied", "diag", "spherical"]
+CovarianceType: TypeAlias = Literal["full", "tied", "diag", "tied_diag", "spherical"]
 
 
 def covariance_shape(num_components: int, num_features: int, covariance_type: str) -> torch.Size:
@@ -77,7 +78,7 @@ def covariance_shape(num_components: int, num_features: int, covariance_type: st
     ----------
     num_components, num_features : int
         k and d.
-    covariance_type : {"full", "tied", "diag", "spherical"}
+    covariance_type : {"full", "tied", "diag", "tied_diag", "spherical"}
         What the covariances are.
 
     Returns
@@ -103,7 +104,7 @@ def covariance_dim(covariance_type: str) -> int:
 
     Parameters
     ----------
-    covariance_type : {"full", "tied", "diag", "spherical"}
+    covariance_type : {"full", "tied", "diag", "tied_diag", "spherical"}
         What the covariances are.
 
     Returns
@@ -125,7 +126,7 @@ def cholesky_precision(covariances: Tensor, covariance_type: str) -> Tensor:
     ----------
     covariances : torch.Tensor
         Of the shape that `covariance_shape` says.
-    covariance_type : {"full", "tied", "diag", "spherical"}
+    covariance_type : {"full", "tied", "diag", "tied_diag", "spherical"}
         What the covariances are.
 
     Returns
@@ -161,7 +162,7 @@ def covariance(cholesky_precisions: Tensor, covariance_type: str) -> Tensor:
     ----------
     cholesky_precisions : torch.Tensor
         Of the shape that `covariance_shape` says.
-    covariance_type : {"full", "tied", "diag", "spherical"}
+    covariance_type : {"full", "tied", "diag", "tied_diag", "spherical"}
         What the covariances are.
 
     Returns
@@ -188,7 +189,7 @@ def log_normal(x: Tensor, means: Tensor, precisions_cholesky: Tensor, covariance
         In the dtype and on the device of `x`, as the factors.
     precisions_cholesky : torch.Tensor
         As `cholesky_precision` returns them.
-    covariance_type : {"full", "tied", "diag", "spherical"}
+    covariance_type : {"full", "tied", "diag", "tied_diag", "spherical"}
         What the covariances are.
 
     Returns
@@ -202,8 +203,10 @@ def log_normal(x: Tensor, means: Tensor, precisions_cholesky: Tensor, covariance
     tensor([[-0.9189]])
     """
     # Densities of single components: neither weights nor covariances play a part.
-    components = Parameters(None, means, None, precisions_cholesky)
-    return _array_api.log_prob(x, components, check_covariance_type(covariance_type))
+    of_type = check_covariance_type(covariance_type)
+    offsets = log_offsets(torch.ones_like(means[:, 0]), precisions_cholesky, of_type, means.shape[1])
+    density = Density(offsets, means, None, precisions_cholesky, of_type)
+    return _array_api.weighted_log_prob(x, density).T
 
 
 def sample_normal(num: int, mean: Tensor, cholesky_precisions: Tensor, covariance_type: str) -> Tensor:
@@ -218,7 +221,7 @@ def sample_normal(num: int, mean: Tensor, cholesky_precisions: Tensor, covarianc
     cholesky_precisions : torch.Tensor
         Its factor, as `cholesky_precision` returns it: shape (d, d) for "full" and "tied", (d,) for "diag", (1,) or ()
         for "spherical".
-    covariance_type : {"full", "tied", "diag", "spherical"}
+    covariance_type : {"full", "tied", "diag", "tied_diag", "spherical"}
         What the factor is.
 
     Returns
@@ -399,7 +402,7 @@ class GaussianMixtureModelConfig:
     ----------
     num_components, num_features : int
         k and d.
-    covariance_type : {"full", "tied", "diag", "spherical"}
+    covariance_type : {"full", "tied", "diag", "tied_diag", "spherical"}
         What the covariances are.
     """
 
@@ -477,7 +480,7 @@ class GaussianMixtureModel(_Model):
         means : array-like of shape (k, d)
         precisions_cholesky : array-like
             Upper triangular factors of the precisions, of the shape that `covariance_shape` says.
-        covariance_type : {"full", "tied", "diag", "spherical"}
+        covariance_type : {"full", "tied", "diag", "tied_diag", "spherical"}
             What they factor.
 
         Returns

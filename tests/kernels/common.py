@@ -4,10 +4,12 @@ import numpy as np
 import torch
 
 import gaussmix_kernels as kernels
+import oracle
 from gaussmix import _array_api
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
 from gaussmix._data import Rows
+from gaussmix._objective import density_of
 from gaussmix._parameters import Parameters
 from gaussmix_kernels._launch import INTERPRETED
 
@@ -71,12 +73,24 @@ def local(parameters, data):
     )
 
 
+def density(parameters, covariance_type):
+    """What an E-step reads of the kernels' parameters: log pi + log det U - d log(2 pi) / 2, in NumPy."""
+    weights, means, factors = (
+        to_numpy(getattr(parameters, name)) for name in ("weights", "means", "precision_cholesky")
+    )
+    d, matrices = means.shape[1], oracle.matrices(factors, covariance_type, *means.shape)
+    log_det = np.array([np.log(np.diag(matrix)).sum() for matrix in matrices])
+    log_weights = np.where(weights > 0, np.log(np.where(weights > 0, weights, 1)), -1e30)
+    offsets = log_weights + log_det - 0.5 * d * np.log(2 * np.pi)
+    return kernels.Density(tensor(offsets), parameters.means, parameters.precision_cholesky)
+
+
 def responsibilities(x, parameters, covariance_type):
-    return _array_api.Engine(Rows(x), COVARIANCES[covariance_type], 0.0).responsibilities(parameters)
+    return _array_api.Block(Rows(x)).responsibilities(density_of(parameters, COVARIANCES[covariance_type]))
 
 
 def log_evidence(x, parameters, covariance_type):
-    return _array_api.Engine(Rows(x), COVARIANCES[covariance_type], 0.0).log_evidence(parameters)
+    return _array_api.Block(Rows(x)).log_evidence(density_of(parameters, COVARIANCES[covariance_type]))
 
 
 def sums_about(x, r, weight, origin, covariance_type):

@@ -4,6 +4,8 @@ import importlib.util
 
 import pytest
 
+from gaussmix._covariance import COVARIANCES
+
 MISSING = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
 
 
@@ -43,6 +45,12 @@ def _without_forced_backend(monkeypatch):
     monkeypatch.delenv("GAUSSMIX_BACKEND", raising=False)
 
 
+@pytest.fixture(params=("diag", "full", "spherical", "tied"))
+def covariance(request):
+    """The covariance types that have kernels."""
+    return COVARIANCES[request.param]
+
+
 @pytest.fixture
 def short_slabs(monkeypatch):
     """Slabs of one block of rows, and chunks of 32 rows: several of each for little data."""
@@ -50,9 +58,7 @@ def short_slabs(monkeypatch):
 
     for module in (_centred, _features, _prepass):
         monkeypatch.setattr(module, "slab_rows", lambda n, block, programs=0: block)
-    monkeypatch.setattr(_centred, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(_centred, "MOST_SLAB_ROWS", 32)
-    monkeypatch.setattr(_centred, "LEAST_CHUNK_SLABS", 1)
+    monkeypatch.setattr(_centred, "chunk_rows", lambda k, itemsize: 32)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from kernels.common import (
     EVIDENCE_TOLERANCE,
     INTERPRETED,
     SUMS_TOLERANCE,
+    density,
     local,
     log_evidence,
     mixture,
@@ -43,7 +44,7 @@ def check_expect(n, d, k, exact, weighted=True, layout="C"):
     x, weight = rows(n, d, weighted=weighted)
     parameters = mixture(x, k, "full")
     em = EM(prepare(x, weight, exact=exact, layout=layout), "full", "centred")
-    statistics, log_likelihood = em.expect(local(parameters, em.data))
+    statistics, log_likelihood = em.expect(density(local(parameters, em.data), "full"))
     assert_moments(em, statistics, x, responsibilities(x, parameters, "full"), weight, parameters)
     expected = np.average(log_evidence(x, parameters, "full"), weights=weight)
     total = n if weight is None else weight.sum()
@@ -74,7 +75,7 @@ def check_inference(n, d, k, exact):
     x, _ = rows(n, d)
     parameters = mixture(x, k, "full")
     em = EM(prepare(x, exact=exact), "full", "centred")
-    there = local(parameters, em.data)
+    there = density(local(parameters, em.data), "full")
     tolerance = EVIDENCE_TOLERANCE[exact]
     assert np.abs(to_numpy(em.log_evidence(there)) - log_evidence(x, parameters, "full")).max() < tolerance
     expected = responsibilities(x, parameters, "full")
@@ -102,7 +103,7 @@ def test_the_first_of_equal_components_gets_the_label(exact):
     x, _ = rows(30, 2)
     parameters = mixture(x, 20, "full").mapped(lambda value: value[np.arange(20) // 2])
     em = EM(prepare(x, exact=exact), "full", "centred")
-    assert set(to_numpy(em.labels(local(parameters, em.data)))) <= set(range(0, 20, 2))
+    assert set(to_numpy(em.labels(density(local(parameters, em.data), "full")))) <= set(range(0, 20, 2))
 
 
 def test_a_component_without_weight_gets_nothing(exact):
@@ -110,7 +111,7 @@ def test_a_component_without_weight_gets_nothing(exact):
     parameters = mixture(x, 3, "full")
     parameters.weights[:] = [0.5, 0.0, 0.5]
     em = EM(prepare(x, weight, exact=exact), "full", "centred")
-    statistics, _ = em.expect(local(parameters, em.data))
+    statistics, _ = em.expect(density(local(parameters, em.data), "full"))
     assert_moments(em, statistics, x, responsibilities(x, parameters, "full"), weight, parameters)
     assert float(em.moments(statistics)[0][1]) == 0
 
@@ -125,7 +126,7 @@ def test_components_far_apart_keep_their_digits(exact):
     parameters.means[:] = [[0.0] * 3, [1000.0] * 3]
     parameters.covariances[:] = parameters.precision_cholesky[:] = covariances
     em = EM(prepare(x, exact=exact), "full", "centred")
-    there = local(parameters, em.data)
+    there = density(local(parameters, em.data), "full")
     error = np.abs(to_numpy(em.log_evidence(there)) - log_evidence(x, parameters, "full")).max()
     assert error < (1e-10 if exact else 1e-3)
     statistics, _ = em.expect(there)
@@ -136,6 +137,6 @@ def test_components_far_apart_keep_their_digits(exact):
 def test_nothing_runs_once_the_stop_flag_is_set(exact):
     x, _ = rows(45, 2)
     em = EM(prepare(x, exact=exact), "full", "centred")
-    operands = em._start(local(mixture(x, 3, "full"), em.data))[1]
+    operands = em._start(density(local(mixture(x, 3, "full"), em.data), "full"))[1]
     for value in em.step.expect(operands, torch.ones_like(em.step.never)):
         assert value.isnan().all()

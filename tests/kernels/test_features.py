@@ -11,6 +11,7 @@ from kernels.common import (
     EVIDENCE_TOLERANCE,
     EXPANDED,
     SUMS_TOLERANCE,
+    density,
     local,
     log_evidence,
     mixture,
@@ -43,7 +44,7 @@ def check_expect(type_, kind, n, d, k, exact, weighted, layout="C"):
     x, weight = rows(n, d, weighted=weighted)
     parameters = mixture(x, k, type_)
     em = EM(prepare(x, weight, exact=exact, layout=layout), type_, kind)
-    statistics, log_likelihood = em.expect(local(parameters, em.data))
+    statistics, log_likelihood = em.expect(density(local(parameters, em.data), type_))
     r = responsibilities(x, parameters, type_)
     assert_statistics(em, statistics, x, r, weight, parameters, type_, kind)
     evidence = log_evidence(x, parameters, type_)
@@ -93,7 +94,7 @@ def test_inference(type_, kind, n, d, k, exact):
     x, _ = rows(n, d)
     parameters = mixture(x, k, type_)
     em = EM(prepare(x, exact=exact), type_, kind)
-    there = local(parameters, em.data)
+    there = density(local(parameters, em.data), type_)
     tolerance = EVIDENCE_TOLERANCE[exact]
     evidence = em.log_evidence(there)
     assert evidence.dtype == torch.float64
@@ -113,7 +114,7 @@ def test_the_first_of_equal_components_gets_the_label(type_, kind, exact):
         lambda value: value[np.arange(20) // 2] if value.shape[0] == 20 else value
     )
     em = EM(prepare(x, exact=exact), type_, kind)
-    assert set(to_numpy(em.labels(local(parameters, em.data)))) <= set(range(0, 20, 2))
+    assert set(to_numpy(em.labels(density(local(parameters, em.data), type_)))) <= set(range(0, 20, 2))
 
 
 @pytest.mark.parametrize("form", ["fused", "two kernels"])
@@ -125,11 +126,11 @@ def test_a_component_without_weight_gets_nothing(type_, kind, form, exact, reque
     parameters = mixture(x, 3, type_)
     parameters.weights[:] = [0.5, 0.0, 0.5]
     em = EM(prepare(x, weight, exact=exact), type_, kind)
-    statistics, _ = em.expect(local(parameters, em.data))
+    statistics, _ = em.expect(density(local(parameters, em.data), type_))
     r = responsibilities(x, parameters, type_)
     assert_statistics(em, statistics, x, r, weight, parameters, type_, kind)
     assert float(em.moments(statistics)[0][1]) == 0
-    assert np.all(to_numpy(em.responsibilities(local(parameters, em.data)))[:, 1] == 0)
+    assert np.all(to_numpy(em.responsibilities(density(local(parameters, em.data), type_)))[:, 1] == 0)
 
 
 @pytest.mark.parametrize("form", ["fused", "two kernels"])
@@ -142,12 +143,12 @@ def test_rows_far_from_every_component(type_, kind, form, exact, request):
     middle = x.mean(axis=0)
     x[::3] += 3000
     em = EM(prepare(x, exact=exact, shift=middle), type_, kind)
-    statistics, _ = em.expect(local(parameters, em.data))
+    statistics, _ = em.expect(density(local(parameters, em.data), type_))
     assert torch.isfinite(statistics).all()
     # Terms of a logit are in the thousands.
     tolerance = 1e-10 if exact else 1e-3
     assert float(em.moments(statistics)[0].sum()) == pytest.approx(45, rel=tolerance)
-    found = to_numpy(em.responsibilities(local(parameters, em.data)))
+    found = to_numpy(em.responsibilities(density(local(parameters, em.data), type_)))
     assert_close(found.sum(axis=1), np.ones(45), tolerance)
     assert_close(found[1::3], responsibilities(x, parameters, type_)[1::3], 2e-4)
 
@@ -161,7 +162,7 @@ def test_small_responsibilities_are_kept(type_, kind, form, exact, request):
     parameters = mixture(x, 2, type_)
     parameters.weights[:] = [1 - 1e-6, 1e-6]
     em = EM(prepare(x, exact=exact), type_, kind)
-    count = float(em.moments(em.expect(local(parameters, em.data))[0])[0][1])
+    count = float(em.moments(em.expect(density(local(parameters, em.data), type_))[0])[0][1])
     assert count == pytest.approx(responsibilities(x, parameters, type_)[:, 1].sum(), rel=1e-3)
 
 
@@ -170,7 +171,7 @@ def test_nothing_runs_once_the_stop_flag_is_set(type_, kind, exact, monkeypatch)
     x, _ = rows(45, 2)
     parameters = mixture(x, 3, type_)
     em = EM(prepare(x, exact=exact), type_, kind)
-    operands = em._start(local(parameters, em.data))[1]
+    operands = em._start(density(local(parameters, em.data), type_))[1]
     stop = torch.ones_like(em.step.never)
     for values in (em.step.expect(operands, stop), em.step.normalize(operands, stop)):
         for value in values:

@@ -15,7 +15,7 @@ from cases import PARAMETER_TOLERANCE, assert_close, blobs, start_for
 from gaussmix import KMeans
 from gaussmix._arrays import to_numpy
 from gaussmix.sklearn import GaussianMixture
-from gaussmix_kernels import _centred, _features, _parameters, _prepass, _sums
+from gaussmix_kernels import _centred, _features, _parameters, _prepass, _sums, gate
 from kernels.common import DEVICE
 
 pytestmark = [
@@ -108,7 +108,7 @@ def test_another_number_of_rows_compiles_nothing(covariance, dtype):
     from triton.runtime import JITFunction
 
     def compiled():
-        modules = (_centred, _features, _parameters, _prepass, _sums, *kernels.TYPES.values())
+        modules = (_centred, _features, _parameters, _prepass, _sums, *map(kernels.type_of, gate.TYPES))
         functions = {id(v): v for m in modules for v in vars(m).values() if isinstance(v, JITFunction)}
         return sum(len(cache[0]) for function in functions.values() for cache in function.device_caches.values())
 
