@@ -28,6 +28,7 @@ from gaussmix._covariance import COVARIANCES
 from gaussmix._data import Rows
 from gaussmix._em import EMResult, run_em
 from gaussmix._engine import Engine, InMemory
+from gaussmix._features import QUADRATIC
 from gaussmix._objective import MaximumLikelihood
 from gaussmix.sklearn import GaussianMixture
 
@@ -111,7 +112,7 @@ def measure(case: Case, gemm: float, quick: bool) -> dict[str, Any]:
     }
     if scale > 1:
         cell["sklearn_rows"] = len(peer_x)
-    n_features = 1 + x.shape[1] + COVARIANCES[kind].n_quadratic(x.shape[1])
+    n_features = 1 + x.shape[1] + QUADRATIC[COVARIANCES[kind].quadratic].number(x.shape[1])
     cell["gemm_share"] = 4 * len(x) * k * n_features / our_iteration / 1e9 / gemm
 
     ours.set_params(tol=1e-3, max_iter=100, weights_init=None, means_init=None, precisions_init=None, random_state=0)

@@ -125,9 +125,8 @@ class Block:
         """Where rows are drawn for, the middle of the data set."""
         return self.rows.mean(BLOCK_ROWS) if self._middle is None else self._middle
 
-    def floor(self) -> float:
+    def floor(self) -> None:
         """Nothing is left out."""
-        return 0.0
 
     def forms(self, covariance: Covariance) -> Forms:
         """The only one: there is nothing more exact."""

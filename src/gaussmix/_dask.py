@@ -151,11 +151,9 @@ class DaskRows(Stream):
         middle = asarray_like(self.middle, like, working_dtype(like))
         return replace(self, moves=(*self.moves, function), like=like, middle=middle)
 
-    def sum(
-        self, function: Callable[..., Any], *args: Any, each: Sequence[Any] | None = None, merge: Any = _add
-    ) -> Any:
+    def sum(self, function: Callable[..., Any], *args: Any, each: Sequence[Any] | None = None) -> Any:
         """`function(x, weight, *args, own)`, summed over the blocks that have rows of positive weight."""
-        return _sum(self._of_blocks(self.counts > 0, function, args, each), merge, quiet=True)
+        return _sum(self._of_blocks(self.counts > 0, function, args, each), _add, quiet=True)
 
     def average(self, values: Any) -> float:
         """Weighted mean of a value for each row (n,)."""

@@ -26,26 +26,24 @@ SPHERICAL = COVARIANCES["spherical"]
 BACKENDS = ("auto", "triton", "numpy", "array_api")
 
 
-def engine(
-    rows: Rows | Stream | Share, covariance: Covariance, *, group: Group | None = None, level: int = logging.DEBUG
-) -> Engine:
-    """EM for these rows in the implementation that GAUSSMIX_BACKEND asks for, or else the fastest; logs why at `level`.
-
-    With a `group`, all of its processes have the rows, and each takes a share of them in the sums.
-    """
+def engine(rows: Rows | Stream | Share, covariance: Covariance, *, level: int = logging.DEBUG) -> Engine:
+    """EM for these rows in the implementation that GAUSSMIX_BACKEND asks for, or the fastest; logs why at `level`."""
     name, reason = choose(rows.like, covariance)
     logger.log(level, "%s covariance runs on %s: %s", covariance.name, name, reason)
-    return _engine(rows, covariance, name, group)
+    return _engine(rows, covariance, name)
 
 
 def clusters(rows: Rows | Stream, group: Group | None = None, *, level: int = logging.DEBUG) -> Engine:
-    """k-means for these rows, in the implementation that is chosen as `engine` does."""
+    """k-means for these rows, in the implementation that is chosen as `engine` does.
+
+    With a `group`, all of its processes have the rows, and each takes a share of them in the sums.
+    """
     name, reason = choose(rows.like)
     logger.log(level, "k-means runs on %s: %s", name, reason)
     return _engine(rows, SPHERICAL, name, group)
 
 
-def _engine(rows: Any, covariance: Covariance, name: str, group: Group | None) -> Engine:
+def _engine(rows: Any, covariance: Covariance, name: str, group: Group | None = None) -> Engine:
     make = _implementation(name).Block
     if group is not None:
         own = shareable(rows).part(share_of(rows, group))

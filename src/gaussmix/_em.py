@@ -59,13 +59,14 @@ def run_em(
     bounds, converged = list(begun.lower_bounds), begun.converged
     at = _State(begun.parameters, objective.density(begun.parameters), _from(engine.forms, begun.form))
     is_watched = bool(callbacks) or note is not None
-    # Callbacks are to have the threads that the caller has.
-    with nullcontext() if is_watched else engine.during_steps():
+    # Once for all iterations, but callbacks are to have the threads that the caller has.
+    whole, each = (nullcontext, engine.during_steps) if is_watched else (engine.during_steps, nullcontext)
+    with whole():
         if len(bounds) < max_iter and not converged:
             at = replace(at, forms=engine.choose(at.forms, at.density))
         while len(bounds) < max_iter and not converged:
             at_most, last = 1 if is_watched else max_iter - len(bounds), bounds[-1] if bounds else previous
-            with engine.during_steps():
+            with each():
                 at = _advance(engine, objective, at, at_most, last, tolerance)
             bounds.extend(at.bounds)
             converged = is_converged(bounds, tolerance, previous)

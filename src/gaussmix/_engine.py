@@ -39,10 +39,10 @@ class Block(Protocol):
 
     @property
     def shift(self) -> Array:
-        """The point that features are about: (d,)."""
+        """The point that features are about, on the host where there are several forms: (d,)."""
 
-    def floor(self) -> Array | float:
-        """What squares of x - shift are at least, as far as the inexact forms can tell: (d,), or a number."""
+    def floor(self) -> Array | None:
+        """What squares of x - shift are at least, as far as the inexact forms can tell: (d,)."""
 
     def forms(self, covariance: Covariance) -> Forms:
         """The forms of the E-step, the fastest first, the most exact last."""

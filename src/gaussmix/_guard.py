@@ -64,28 +64,28 @@ def choose(
     forms: Forms,
     density: Density,
     shift: Array,
-    floor: Array | float = 0.0,
+    floor: Array | None = None,
     weights: tuple[Array, Array] | None = None,
 ) -> tuple[Forms, str]:
     """The forms from the first on that is exact enough for the density, and what it was left for.
 
-    `shift` (d,) is the point that features are about; squares of x - shift below `floor` (d,) are as inexact as that
-    where form is not exact. `weights` are those before and after an M-step.
+    `shift` (d,), on the host, is the point that features are about; squares of x - shift below `floor` (d,), if
+    any, are as inexact as that where a form is not exact. `weights` are those before and after an M-step.
     """
     if len(forms) == 1:
         return forms, ""
-    host = density.mapped(to_numpy)
-    alive, covariance = host.is_alive, host.covariance
-    squares = (host.means - to_numpy(shift)) ** 2
+    host, covariance = density.mapped(to_numpy), density.covariance
+    alive, centred = host.is_alive, host.means - shift
     variances = covariance.variances(host.covariances)
     reason = ""
     for i, form in enumerate(forms[:-1]):
-        offsets = np.sqrt(squares + (0.0 if form.exact else floor))
+        is_rounded = not form.exact and floor is not None
+        offsets = np.sqrt(centred * centred + floor) if is_rounded else centred
         kappas = covariance.kappa(host.covariances, host.precision_cholesky, offsets)
-        ratios = np.broadcast_to(1 + offsets**2 / variances, squares.shape).max(axis=1)
-        kappa, ratio = (float(np.max(np.where(alive, values, 0))) for values in (kappas, ratios))
+        kappa = float(kappas.max(where=alive, initial=0))
+        ratio = 1 + float((offsets * offsets / variances).max(where=alive[:, None], initial=0))
         # |A_ij| sqrt(m_i m_j) is at most kappa, with m no smaller than the variances.
-        largest = float(np.max(kappas)) / min(1.0, float(np.min(variances)))
+        largest = float(kappas.max()) / min(1.0, float(variances.min()))
         lost = weights is not None and _lost(to_numpy(weights[0]), to_numpy(weights[1]), form.least_weight)
         if kappa <= form.most_kappa and ratio <= form.most_ratio and largest <= form.largest and not lost:
             return forms[i:], reason

@@ -341,6 +341,7 @@ class GaussianMixture(Mixture, Trained):
         check_option("init_strategy", self.init_strategy, INIT_STRATEGIES)
         check_real("convergence_tolerance", self.convergence_tolerance)
         check_real("covariance_regularization", self.covariance_regularization)
+        self._settings(warn=False)  # what is wrong with them is said before any row is read
 
     @property
     def _k(self) -> tuple[str, int]:

@@ -61,6 +61,7 @@ def why_not(x: Array) -> str | None:
     return f"{type(x).__module__}.{type(x).__qualname__} is neither a NumPy array nor a torch tensor"
 
 
+@cache
 def forms_for(data: np.dtype[Any]) -> Forms:
     """The forms for data of this dtype, the fastest first."""
     dtypes = [dtype for dtype in (_guard.FLOAT32, _guard.FLOAT64) if dtype.itemsize >= data.itemsize]
@@ -97,16 +98,17 @@ class Block:
         # With a middle that is given, it is a block of a data set, which is not seen again.
         self._middle = middle
         self._kept_shift: Array | None = None
-        self._kept_scatter: Array | None = None
-        self._kept: dict[tuple[np.dtype[Any], int], Array] = {}
+        self._kept_scatter: dict[str, Array] = {}  # by covariance type
+        # Features of the blocks that begin in these rows, in one form and for one covariance type.
+        self._kept: dict[int, Array] = {}
+        self._kept_for: tuple[str, str] | None = None
 
     def forms(self, covariance: Covariance) -> Forms:
         """The forms of the E-step, the fastest first, the most exact last."""
         return forms_for(self._dtype)
 
-    def floor(self) -> float:
+    def floor(self) -> None:
         """Rows have all the digits of their dtype."""
-        return 0.0
 
     # Not functools.cached_property, which in Python 3.11 has a lock: a fork can leave it locked for ever.
     @property
@@ -150,6 +152,8 @@ class Block:
         if form.features == "centred":
             parts = self._run(lambda slab: self._centred_statistics(slab, density), k, width)
             return reduce(add, (part for part in parts if part is not None))
+        if self._kept_for != (form.precision, density.covariance.name):
+            self._kept, self._kept_for = {}, (form.precision, density.covariance.name)
         shift = self.shift
         natural = natural_parameters(density, shift).astype(form.dtype)
 
@@ -277,20 +281,20 @@ class Block:
                 total += covariance.second_moments((x if weight is None else x * weight).T[None], x.T[None])
             return total
 
-        if self._kept_scatter is None:
-            self._kept_scatter = sum(self._run(scatter, self.rows.shape[1], self._n_features(covariance)))
-        return self._kept_scatter
+        if covariance.name not in self._kept_scatter:
+            parts = self._run(scatter, self.rows.shape[1], self._n_features(covariance))
+            self._kept_scatter[covariance.name] = sum(parts)
+        return self._kept_scatter[covariance.name]
 
     def _kept_features(self, block: slice, buffer: Array, covariance: Covariance) -> Array:
         """Features of a block about the shift (F, b): those of the last iteration, or new ones in `buffer`."""
-        key = (buffer.dtype, block.start)
-        if key in self._kept:
-            return self._kept[key]
+        if block.start in self._kept:
+            return self._kept[block.start]
         keeps = self._middle is None and self.rows.shape[0] * buffer[:, :1].nbytes <= KEPT_BYTES
         shape = (len(buffer), block.stop - block.start)
         phi = np.empty(shape, dtype=buffer.dtype) if keeps else buffer[:, : shape[1]]
         phi = self._features(block, self.shift, phi, covariance)
-        return self._kept.setdefault(key, phi) if keeps else phi
+        return self._kept.setdefault(block.start, phi) if keeps else phi
 
     def _features(self, block: slice, shift: Array, phi: Array, covariance: Covariance) -> Array:
         """Features of a block about `shift`, into `phi` (F, b)."""

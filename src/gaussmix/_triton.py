@@ -102,9 +102,10 @@ class Block:
         self._shift = None if middle is None else self._there(middle)
 
     @property
+    @_on_stream
     def shift(self) -> Array:
-        """The point that features are about: (d,)."""
-        return self._any_data.shift if self._shift is None else self._shift
+        """The point that features are about, on the host: (d,)."""
+        return to_numpy(self._any_data.shift if self._shift is None else self._shift)
 
     @_on_stream
     def floor(self) -> Array:

@@ -65,8 +65,8 @@ class GaussianMixture(Mixture):
     n_components : int, default 1
         Number of components, k.
     covariance_type : {"full", "tied", "diag", "tied_diag", "spherical"}, default "full"
-        One matrix for each component, one for all, one variance for each component and feature, or one variance for
-        each component.
+        One matrix for each component, one for all, one variance for each component and feature, one for each feature
+        (shared by all components; scikit-learn has no such type), or one variance for each component.
     tol : float, default 1e-3
         EM stops when the mean log-likelihood of a row changes by less, in nats.
     reg_covar : float, default 1e-6
@@ -98,10 +98,10 @@ class GaussianMixture(Mixture):
     weights_ : array of shape (k,)
     means_ : array of shape (k, d)
     covariances_, precisions_, precisions_cholesky_ : array
-        Shape (k, d, d) for "full", (d, d) for "tied", (k, d) for "diag", (k,) for "spherical". U is upper triangular
-        with U U^T = Sigma^-1. Like all arrays here in the library, on the device and in the dtype of the data; where
-        float32 has no room for what the factor says of the covariances (two features that nearly agree),
-        `covariances_` and `precisions_` are in float64.
+        Shape (k, d, d) for "full", (d, d) for "tied", (k, d) for "diag", (d,) for "tied_diag", (k,) for "spherical". U
+        is upper triangular with U U^T = Sigma^-1. Like all arrays here in the library, on the device and in the dtype
+        of the data; where float32 has no room for what the factor says of the covariances (two features that nearly
+        agree), `covariances_` and `precisions_` are in float64.
     covariance_type_ : str
         The covariance type of what was fitted.
     converged_ : bool
