@@ -46,13 +46,16 @@ if not MISSING:
 
     import gaussmix
     import gaussmix_kernels as kernels
-    from gaussmix import _array_api, _estimate, _gpu, _trainer
+    from gaussmix import _estimate
     from gaussmix._covariance import COVARIANCES
-    from gaussmix._data import Rows
     from gaussmix._em import EMResult, run_em
-    from gaussmix._engine import Engine, InMemory
     from gaussmix._objective import MaximumLikelihood
     from gaussmix._parameters import Parameters
+    from gaussmix.backends import _array_api
+    from gaussmix.backends._engine import Engine
+    from gaussmix.rows import _gpu, _placement
+    from gaussmix.rows._data import Rows
+    from gaussmix.rows._passes import InMemory
     from gaussmix_kernels import _centred, _features, _parameters, _prepass, _sizes
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -551,7 +554,7 @@ def from_host(bench: Bench) -> None:
     x = blobs.x.cpu()
     blocks = torch.split(x, _gpu.BLOCK_BYTES // (4 * x.shape[1]))
     pinned = blocks[0].pin_memory()
-    place = partial(_trainer._moved, where="cuda:0")
+    place = partial(_placement._moved, where="cuda:0")
     limit = bench.milliseconds(lambda: place(pinned)) * x.nbytes / pinned.nbytes
 
     def go_through() -> None:

@@ -23,13 +23,15 @@ from sklearn.mixture import GaussianMixture as Reference
 from threadpoolctl import threadpool_info
 
 from cases import Case, cases
-from gaussmix import _array_api, _threads
+from gaussmix import _threads
 from gaussmix._covariance import COVARIANCES
-from gaussmix._data import Rows
 from gaussmix._em import EMResult, run_em
-from gaussmix._engine import Engine, InMemory
-from gaussmix._features import QUADRATIC
 from gaussmix._objective import MaximumLikelihood
+from gaussmix.backends import _array_api
+from gaussmix.backends._engine import Engine
+from gaussmix.backends._features import QUADRATIC
+from gaussmix.rows._data import Rows
+from gaussmix.rows._passes import InMemory
 from gaussmix.sklearn import GaussianMixture
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"

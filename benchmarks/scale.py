@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 
 from gaussmix import GaussianMixture, estimate
-from gaussmix._blocks import BLOCK_BYTES, Slices
-from gaussmix._checkpoint import Checkpoint, State
 from gaussmix._covariance import COVARIANCES
-from gaussmix._data import slices
+from gaussmix.rows._blocks import BLOCK_BYTES, Slices
+from gaussmix.rows._data import slices
+from gaussmix.storage._checkpoint import Checkpoint, State
 
 PARTS = ("sizes", "memory", "ranks", "dask", "kills")
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")

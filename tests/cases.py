@@ -4,8 +4,9 @@ import numpy as np
 
 from gaussmix._covariance import COVARIANCES
 from gaussmix._em import EMResult, run_em
-from gaussmix._engine import Engine, InMemory
 from gaussmix._objective import MaximumLikelihood
+from gaussmix.backends._engine import Engine
+from gaussmix.rows._passes import InMemory
 
 # What numerics owes: log-probabilities absolutely, in nats; parameters relatively to their largest entry.
 LOG_PROB_TOLERANCE = {"float64": 1e-9, "float32": 1e-3}

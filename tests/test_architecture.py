@@ -15,7 +15,7 @@ from sklearn.base import clone
 import gaussmix
 from cases import blobs
 from gaussmix._covariance import COVARIANCES
-from gaussmix._dispatch import BACKENDS, engine
+from gaussmix.backends._dispatch import BACKENDS, engine
 from gaussmix.sklearn import GaussianMixture as SklearnMixture
 
 SOURCE = Path(gaussmix.__file__).parent
@@ -101,10 +101,10 @@ def test_that_would_be_noticed(code):
 def test_every_module_can_be_imported():
     have_torch = find_spec("torch")
     have_triton = have_torch and find_spec("triton")
-    needs = dict.fromkeys(("gaussmix.torch", "gaussmix._gpu"), have_torch)
-    needs |= {"gaussmix._triton": have_triton, "gaussmix._dask": find_spec("dask")}
+    needs = dict.fromkeys(("gaussmix.torch", "gaussmix.rows._gpu"), have_torch)
+    needs |= {"gaussmix.backends._triton": have_triton, "gaussmix.rows._dask": find_spec("dask")}
     for name in ("gaussmix", *(["gaussmix_kernels"] if have_triton else [])):
-        for module in pkgutil.iter_modules(importlib.import_module(name).__path__, f"{name}."):
+        for module in pkgutil.walk_packages(importlib.import_module(name).__path__, f"{name}."):
             if needs.get(module.name, True):
                 importlib.import_module(module.name)
 

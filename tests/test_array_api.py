@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 import oracle
 from cases import LOG_PROB_TOLERANCE, PARAMETER_TOLERANCE, assert_close
 from conftest import INSTALLED, Library
-from gaussmix import GaussianMixture, _array_api
+from gaussmix import GaussianMixture
 from gaussmix._arrays import array_namespace, to_numpy
 from gaussmix._covariance import COVARIANCES
-from gaussmix._data import Rows
-from gaussmix._dispatch import engine
 from gaussmix._objective import MaximumLikelihood, density_of
 from gaussmix._parameters import Parameters, SufficientStatistics
+from gaussmix.backends import _array_api
+from gaussmix.backends._dispatch import engine
+from gaussmix.rows._data import Rows
 from strategies import cases
 
 libraries = st.sampled_from(INSTALLED).map(Library)

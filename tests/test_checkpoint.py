@@ -22,10 +22,10 @@ import oracle
 from cases import assert_close, blobs, start_for
 from gaussmix import GaussianMixture, _files
 from gaussmix._arrays import to_numpy
-from gaussmix._checkpoint import Checkpoint, opened
 from gaussmix._covariance import COVARIANCES
-from gaussmix._data import slices
+from gaussmix.rows._data import slices
 from gaussmix.sklearn import GaussianMixture as SklearnMixture
+from gaussmix.storage._checkpoint import Checkpoint, opened
 
 pytestmark = pytest.mark.usefixtures("unconverged")
 

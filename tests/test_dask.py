@@ -409,7 +409,7 @@ def test_many_small_chunks_are_warned_of():
 
 
 def test_statistics_larger_than_the_data_are_warned_of(monkeypatch):
-    monkeypatch.setattr("gaussmix._dask.STATISTICS_BYTES", 0)
+    monkeypatch.setattr("gaussmix.rows._dask.STATISTICS_BYTES", 0)
     x = blobs(n=40)
     with pytest.warns(UserWarning, match=r"statistics of all 5 blocks .*rechunk") as caught:
         fitted(da.from_array(x, chunks=8), covariance_type="full")

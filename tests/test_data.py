@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cases import PARAMETER_TOLERANCE, assert_close, blobs
-from gaussmix import GaussianMixture, KMeans, _data
+from gaussmix import GaussianMixture, KMeans
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
-from gaussmix._data import Rows, fingerprint, slices
+from gaussmix.rows import _data
+from gaussmix.rows._data import Rows, fingerprint, slices
 
 pytestmark = pytest.mark.usefixtures("unconverged")
 

@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 
 import two_processes
 from cases import PARAMETER_TOLERANCE, assert_close, blobs
-from gaussmix import GaussianMixture, KMeans, _distributed
+from gaussmix import GaussianMixture, KMeans
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
 from gaussmix._parameters import SingularCovarianceError
+from gaussmix.compat import _fabric
+from gaussmix.rows import _group, _processes
 from gaussmix.sklearn import GaussianMixture as SklearnMixture
 
 pytestmark = pytest.mark.usefixtures("unconverged")
@@ -34,7 +36,7 @@ ARRAYS = ("weights_", "means_", "covariances_", "precisions_cholesky_", "lower_b
 TWO = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}
 
 
-class Group(_distributed.Group):
+class Group(_group.Group):
     """Threads in the place of processes; what they sum has to be equally long."""
 
     def __init__(self, rank, size, slots, barrier):
@@ -212,7 +214,7 @@ def test_all_processes_raise_the_same_error(library, covariance, size):
 @pytest.fixture
 def groups(monkeypatch):
     """Three processes, which are what `fit` takes for `distributed`."""
-    monkeypatch.setattr("gaussmix._estimator.process_group", lambda distributed, X, device: distributed)
+    monkeypatch.setattr("gaussmix._methods.process_group", lambda distributed, X, device: distributed)
     return groups_of(3)
 
 
@@ -463,7 +465,7 @@ def test_what_fails_in_one_process_alone(groups, monkeypatch):
     [GaussianMixture, KMeans],
 )
 def test_a_launched_process_that_fails(cls, monkeypatch):
-    method, found = _distributed.InProcesses.reduce, []
+    method, found = _processes.InProcesses.reduce, []
 
     def fails_in_one(self, *args):
         if self._group.rank == 1:
@@ -478,7 +480,7 @@ def test_a_launched_process_that_fails(cls, monkeypatch):
         found.extend(in_each(groups_of(3), run))
         raise found[0]
 
-    monkeypatch.setattr(_distributed.InProcesses, "reduce", fails_in_one)
+    monkeypatch.setattr(_processes.InProcesses, "reduce", fails_in_one)
     monkeypatch.setattr(f"{cls.__module__}.launch", launch)
     with pytest.raises(RuntimeError, match="process 1 of 3 failed"):
         fitted(np.concatenate(SHARES), 3, cls=cls, k=2)
@@ -560,22 +562,22 @@ def test_the_group_lives_as_long_as_whoever_made_it(is_own, monkeypatch):
     distributed = pytest.importorskip("torch.distributed")
     left = []
     monkeypatch.setattr(distributed, "destroy_process_group", lambda: left.append(True))
-    monkeypatch.setattr(_distributed.atexit, "register", lambda function: left.append(function))
+    monkeypatch.setattr(_fabric.atexit, "register", lambda function: left.append(function))
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         call = dict(function=lambda group: group.size, is_own=is_own)
         fabric = type("Fabric", (), {"device": "cpu"})()
-        assert pickle.loads(_distributed._in_group(fabric, **call)) == 1
+        assert pickle.loads(_fabric._in_group(fabric, **call)) == 1
         # The script goes on: its next fit meets the other processes in the same group.
-        assert left == ([_distributed._leave] if is_own else [])
+        assert left == ([_group.leave] if is_own else [])
         left.clear()
-        monkeypatch.setattr(_distributed, "parent_process", lambda: "who spawned this one")
-        _distributed._in_group(fabric, **call)
+        monkeypatch.setattr(_fabric, "parent_process", lambda: "who spawned this one")
+        _fabric._in_group(fabric, **call)
         assert left == ([True] if is_own else [])
     finally:
         monkeypatch.undo()
-        _distributed._leave()
-    _distributed._leave()  # nothing to leave
+        _group.leave()
+    _group.leave()  # nothing to leave
 
 
 # Two processes

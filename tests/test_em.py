@@ -16,14 +16,14 @@ from conftest import INSTALLED, Library
 from gaussmix import GaussianMixture as PyCaveMixture
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
-from gaussmix._data import Rows
-from gaussmix._dispatch import engine
 from gaussmix._em import EMResult, best_of, run_em
-from gaussmix._engine import Progress
 from gaussmix._guard import Form
 from gaussmix._initialization import initialize
 from gaussmix._objective import MaximumLikelihood
 from gaussmix._parameters import Parameters
+from gaussmix.backends._dispatch import engine
+from gaussmix.backends._engine import Progress
+from gaussmix.rows._data import Rows
 from gaussmix.sklearn import GaussianMixture
 
 pytestmark = pytest.mark.usefixtures("unconverged")

@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 from cases import blobs
 from gaussmix import GaussianMixture, KMeans
 from gaussmix._arrays import to_numpy
-from gaussmix._checkpoint import Checkpoint
 from gaussmix._files import read_arrays, with_arrays, with_digest
 from gaussmix.sklearn import GaussianMixture as SklearnMixture
+from gaussmix.storage._checkpoint import Checkpoint
 
 K, D = 2, 3
 X = blobs(n=60, d=D, k=K)

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from cases import PARAMETER_TOLERANCE, assert_close
-from gaussmix import GaussianMixture, KMeans, _trainer
+from gaussmix import GaussianMixture, KMeans
 from gaussmix._covariance import COVARIANCES
 
 torch = pytest.importorskip("torch")
 # Imports torch.
-from gaussmix import _gpu  # noqa: E402
+from gaussmix.rows import _gpu, _placement  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("unconverged")
 
@@ -91,13 +91,13 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda where: 0)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: device.shared.append(stream))
-    monkeypatch.setattr(_trainer, "_has_gpu", lambda: True)
+    monkeypatch.setattr(_placement, "_n_gpus", lambda: 2)
     monkeypatch.setattr(
-        _trainer, "_moved", lambda x, where: x if where == "cpu" else device.copied(_gpu.as_tensor(x), where)
+        _placement, "_moved", lambda x, where: x if where == "cpu" else device.copied(_gpu.as_tensor(x), where)
     )
-    rounded = _trainer.Settings.rounded
+    rounded = _placement.Placement.rounded
     monkeypatch.setattr(
-        _trainer.Settings,
+        _placement.Placement,
         "rounded",
         lambda settings, x: (
             device.copied(x, dtype=getattr(torch, settings.dtype))

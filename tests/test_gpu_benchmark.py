@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from cases import OnRows
-from gaussmix import _array_api
 from gaussmix._covariance import COVARIANCES
-from gaussmix._data import Rows
 from gaussmix._parameters import Parameters
+from gaussmix.backends import _array_api
+from gaussmix.rows._data import Rows
 
 # Those that have kernels.
 TYPES = ("diag", "full", "spherical", "tied")

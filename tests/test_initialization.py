@@ -6,11 +6,11 @@ from sklearn.cluster import KMeans as ReferenceKMeans
 
 from cases import assert_close, blobs
 from gaussmix import GaussianMixture, KMeans
-from gaussmix._array_api import nearest
 from gaussmix._arrays import to_numpy
-from gaussmix._data import Rows
-from gaussmix._dispatch import clusters
 from gaussmix._initialization import find_means, lloyd
+from gaussmix.backends._array_api import nearest
+from gaussmix.backends._dispatch import clusters
+from gaussmix.rows._data import Rows
 from gaussmix.sklearn import GaussianMixture as SklearnMixture
 
 STRATEGIES = ("kmeans", "kmeans++", "random", "random_from_data")

@@ -7,10 +7,11 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from threadpoolctl import threadpool_limits
 
 from cases import OnRows, assert_close, blobs
-from gaussmix import KMeans, _array_api, _numpy
+from gaussmix import KMeans
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
-from gaussmix._data import Rows
+from gaussmix.backends import _array_api, _numpy
+from gaussmix.rows._data import Rows
 
 pytestmark = pytest.mark.usefixtures("implementation")
 

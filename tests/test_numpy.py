@@ -20,13 +20,14 @@ import oracle
 from cases import PARAMETER_TOLERANCE, OnRows, assert_close, blobs, start_for
 from conftest import INSTALLED, Library
 from gaussmix import GaussianMixture as PyCaveMixture
-from gaussmix import _array_api, _guard, _numpy, _pruning, _threads
+from gaussmix import _guard, _threads
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
-from gaussmix._data import Rows
-from gaussmix._dispatch import choose
 from gaussmix._objective import density_of
 from gaussmix._parameters import Parameters
+from gaussmix.backends import _array_api, _numpy, _pruning
+from gaussmix.backends._dispatch import choose
+from gaussmix.rows._data import Rows
 from gaussmix.sklearn import GaussianMixture
 from strategies import cases
 
@@ -490,7 +491,8 @@ LATE = """
 import atexit, concurrent.futures.thread, sys, threading, time, warnings
 import numpy as np
 from threadpoolctl import threadpool_limits
-from gaussmix import GaussianMixture, KMeans, _numpy
+from gaussmix import GaussianMixture, KMeans
+from gaussmix.backends import _numpy
 from gaussmix.sklearn import GaussianMixture as SklearnMixture
 
 warnings.simplefilter("ignore")

@@ -9,13 +9,13 @@ import oracle
 from cases import PARAMETER_TOLERANCE, assert_close, blobs
 from conftest import INSTALLED
 from gaussmix._arrays import asarray_like, to_numpy
-from gaussmix._data import Rows
-from gaussmix._dispatch import engine
-from gaussmix._distributed import Share
 from gaussmix._em import EMResult, run_em
 from gaussmix._objective import MaximumLikelihood
 from gaussmix._parameters import Parameters
-from gaussmix._validation import validate_rows
+from gaussmix.backends._dispatch import engine
+from gaussmix.rows._data import Rows
+from gaussmix.rows._processes import Share
+from gaussmix.rows._validation import validate_rows
 from gaussmix.sklearn import GaussianMixture
 
 X = blobs(n=90, d=2, k=3, spread=2.0)

@@ -16,8 +16,8 @@ import oracle
 from cases import LOG_PROB_TOLERANCE, PARAMETER_TOLERANCE, assert_close
 from gaussmix import GaussianMixture, KMeans
 from gaussmix._covariance import COVARIANCES
-from gaussmix._persistence import PARAMS
 from gaussmix.sklearn import GaussianMixture as SklearnMixture
+from gaussmix.storage._persistence import PARAMS
 
 torch = pytest.importorskip("torch")
 

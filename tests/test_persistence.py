@@ -12,9 +12,10 @@ from safetensors.numpy import load_file, save_file
 from sklearn.base import clone
 
 from cases import blobs
-from gaussmix import GaussianMixture, KMeans, _persistence
+from gaussmix import GaussianMixture, KMeans
 from gaussmix._arrays import to_numpy
 from gaussmix.sklearn import GaussianMixture as SklearnMixture
+from gaussmix.storage import _persistence
 
 X = blobs(n=200, d=3, k=2)
 

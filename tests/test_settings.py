@@ -7,10 +7,11 @@ import pytest
 from sklearn.base import clone
 
 from cases import blobs
-from gaussmix import GaussianMixture, KMeans, _numpy
+from gaussmix import GaussianMixture, KMeans
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
 from gaussmix._estimator import numpy_defaults
+from gaussmix.backends import _numpy
 from gaussmix.sklearn import GaussianMixture as SklearnMixture
 
 # Far apart, and squares of a feature have no room in float64: responsibilities and distances underflow.

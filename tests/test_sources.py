@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import PARAMETER_TOLERANCE, assert_close, blobs
-from gaussmix import GaussianMixture, KMeans, _blocks
+from gaussmix import GaussianMixture, KMeans
+from gaussmix.rows import _blocks
 from gaussmix.sklearn import GaussianMixture as SklearnMixture
 
 pytestmark = pytest.mark.usefixtures("unconverged")

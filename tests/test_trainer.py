@@ -101,7 +101,7 @@ def test_one_process_on_the_cpu_where_the_rows_are(library, cls, params):
     "params", [{"accelerator": "gpu"}, {"accelerator": "cuda", "devices": [3]}, {"accelerator": "gpu", "devices": 1}]
 )
 def test_a_gpu_that_is_not_there(library, cls, params):
-    message = r"trainer_params asks for a GPU, and torch finds none; pass accelerator='cpu' or leave it out"
+    message = r"asks for a GPU, cuda:\d, and torch finds none; pass accelerator='cpu', .*, or leave it out"
     with pytest.raises(ValueError, match=message):
         fit(cls, library.asarray(X), **params)
     fitted = fit(cls).set_params(trainer_params=params)
@@ -111,8 +111,8 @@ def test_a_gpu_that_is_not_there(library, cls, params):
 
 @ESTIMATORS
 def test_a_gpu_without_torch(cls, monkeypatch):
-    monkeypatch.setattr("gaussmix._trainer.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="trainer_params asks for a GPU, and torch finds none"):
+    monkeypatch.setattr("gaussmix.rows._placement.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="GAUSSMIX_DEVICE asks for a GPU, cuda:0, and torch finds none"):
         fit(cls, accelerator="gpu")
 
 

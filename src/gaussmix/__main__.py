@@ -10,8 +10,8 @@ import numpy as np
 import gaussmix
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
-from gaussmix._dispatch import choose
 from gaussmix._typing import Array
+from gaussmix.backends._dispatch import choose
 
 PACKAGES = (
     "numpy",

@@ -9,10 +9,10 @@ from typing import Any
 
 from gaussmix._arrays import array_namespace
 from gaussmix._density import Density
-from gaussmix._engine import Engine
 from gaussmix._guard import CENTRED, Forms
 from gaussmix._objective import MaximumLikelihood, Objective
 from gaussmix._parameters import Parameters, SingularCovarianceError, SufficientStatistics
+from gaussmix.backends._engine import Engine
 
 logger = logging.getLogger("gaussmix")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from math import ceil, prod
 
-from gaussmix._validation import check_covariance_type, check_integer, check_option
+from gaussmix._checks import check_covariance_type, check_integer, check_option
 from gaussmix_kernels import _sizes
 
 

@@ -1,396 +1,47 @@
-"""What the estimators share: inference, sampling and persistence on top of fitted attributes."""
+"""What mixtures share: fitting, inference and sampling, on top of fitted attributes."""
 
-import hashlib
 import logging
 import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
-from inspect import signature
-from types import ModuleType
-from typing import Any, ClassVar, Self, TypeVar, cast
+from functools import partial
+from typing import Any, ClassVar, Self
 
 import numpy as np
-from array_api_compat import is_array_api_obj, is_dask_array
-from sklearn.base import BaseEstimator, DensityMixin, clone
-from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from array_api_compat import is_array_api_obj
+from sklearn.base import DensityMixin
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_is_fitted
 
-from gaussmix import _interop, _persistence
 from gaussmix._arrays import array_namespace, asarray_like, floating_dtype, to_numpy, working_dtype
-from gaussmix._checkpoint import DATA
+from gaussmix._checks import check_callback, check_covariance_type, check_real, random_generator, validate_parameters
 from gaussmix._covariance import COVARIANCES, Covariance
-from gaussmix._data import Described, Rows, Stream
 from gaussmix._density import Density
-from gaussmix._dispatch import engine
-from gaussmix._distributed import Group, Share, process_group
 from gaussmix._em import Callback, EMResult, stepwise
-from gaussmix._engine import Engine
 from gaussmix._fit import Continued, Found, Plan, Start
+from gaussmix._methods import by_block, in_group, numpy_defaults, takes_data, whole_or_not_at_all
 from gaussmix._objective import MaximumLikelihood, density_of
-from gaussmix._parameters import Parameters
-from gaussmix._trainer import Settings, settings, trainer
+from gaussmix._parameters import Parameters, SingularCovarianceError
+from gaussmix._persistent import Persistent, described
 from gaussmix._typing import Array
-from gaussmix._validation import (
-    check_callback,
-    check_covariance_type,
-    check_enough_rows,
-    check_real,
-    check_same_library,
-    random_generator,
-    validate_lazy,
-    validate_parameters,
-    validate_rows,
-)
 from gaussmix._warnings import warn_user
-
-Method = TypeVar("Method", bound=Callable[..., Any])
+from gaussmix.backends._dispatch import engine
+from gaussmix.backends._engine import Engine
+from gaussmix.compat import _interop
+from gaussmix.rows._data import Described, Rows, Stream
+from gaussmix.rows._group import Group
+from gaussmix.rows._processes import Share
+from gaussmix.rows._validation import check_enough_rows, check_same_library, validate_rows
+from gaussmix.storage._checkpoint import DATA
 
 # Covariances whose rounding to the dtype of the data may change a log-density by more than this, in nats, are published
 # in float64.
 COVARIANCE_TOLERANCE = 1e-2
 START_ANEW = "start anew with fit (and warm_start=False)"
-
-# Parameters of constructors that no fitted parameter depends on, or through what `_told` says instead.
-WITHOUT_EFFECT = ("batch_size", "num_workers", "trainer_params", "verbose", "verbose_interval")
 # Those that say when a fit ends, and nothing else.
 ENDS = ("convergence_tolerance", "tol", "max_epochs", "max_iter")
-
-
-def described(value: Any) -> Any:
-    """A setting as JSON has it, for comparison: an array is told by its contents, a generator by nothing."""
-    if isinstance(value, (np.random.RandomState, ModuleType)):  # numpy.random is one, scikit-learn says
-        return None
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    array = to_numpy(value).astype(np.float64)
-    return {"shape": list(array.shape), "sha256": hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()}
-
-
-def takes_data(method: Method) -> Method:
-    """The method, whose X may also be passed as `data`, PyCave's name for it."""
-
-    @wraps(method)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "data" in kwargs:
-            if args or "X" in kwargs:
-                raise TypeError(f"{method.__name__}() got both X and data, which are the same argument; pass one")
-            args = (kwargs.pop("data"),)
-        return method(self, *args, **kwargs)
-
-    return cast(Method, call)
-
-
-def in_group(method: Method) -> Method:
-    """The method, `fit`, for which `distributed` is a `Group`: its processes are told the same, and fail together."""
-
-    @wraps(method)
-    def call(self: Any, *args: Any, distributed: Any = None, **kwargs: Any) -> Any:
-        if distributed is None:
-            return method(self, *args, **kwargs)
-        group = process_group(distributed, args[0] if args else kwargs.get("X"), self._device())
-        with group.together():
-            arguments = signature(method).bind(self, *args, **kwargs)
-            arguments.apply_defaults()
-            group.compare(self._told_to_fit(arguments.arguments) | {"the device": group.device.partition(":")[0]})
-            return method(self, *args, distributed=group, **kwargs)
-
-    return cast(Method, call)
-
-
-def whole_or_not_at_all(method: Method) -> Method:
-    """The method of an estimator, which is as it was before where the method raises."""
-
-    @wraps(method)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = dict(vars(self))
-        try:
-            return method(self, *args, **kwargs)
-        except BaseException:
-            vars(self).clear()
-            vars(self).update(before)
-            raise
-
-    return cast(Method, call)
-
-
-def numpy_defaults(method: Method) -> Method:
-    """The method, whose arithmetic NumPy reports on as it does by default, whatever the caller's `numpy.seterr` says.
-
-    Responsibilities underflow in every fit; what overflows is computed again in a form with more room. Callbacks, and
-    what gives blocks of rows, have the defaults as well.
-    """
-
-    @wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"):
-            return method(*args, **kwargs)
-
-    return cast(Method, call)
-
-
-def by_block(method: Method) -> Method:
-    """The method, which gives for a Dask array what it gives for each block, computed when it is asked for."""
-
-    @wraps(method)
-    def call(self: Any, X: Any) -> Any:
-        if not is_dask_array(X):
-            return method(self, X)
-        # Imports dask, whose array it is.
-        from gaussmix import _dask
-
-        return _dask.predictions(self, method.__name__, validate_lazy(X))
-
-    return cast(Method, call)
-
-
-def averaged(method: Method) -> Method:
-    """The method, a mean over rows, which for a Dask array adds up the blocks."""
-
-    @wraps(method)
-    def call(self: Any, X: Any, y: Any = None) -> Any:
-        if not is_dask_array(X):
-            return method(self, X)
-        total, n = sum_of_blocks(self, method.__name__, X)
-        return total / n
-
-    return cast(Method, call)
-
-
-def sum_of_blocks(estimator: Any, method: str, X: Any) -> tuple[float, int]:
-    """The sum over the rows of a Dask array of what the method gives the mean of, and the number of rows."""
-    from gaussmix import _dask
-
-    total, n = _dask.total_of(estimator, method, validate_lazy(X))
-    if not n:
-        raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required; pass at least one row")
-    return total, n
-
-
-class Persistent(BaseEstimator):
-    """An estimator that is saved to a directory and loaded from it."""
-
-    def __getattr__(self, name: str) -> Any:
-        # Only for what is not there: a fitted attribute says why.
-        computed = getattr(type(self), name, None)
-        if isinstance(computed, property) and self.persistent_attributes:
-            # What it needs is not there: asked for once more, that says so.
-            return computed.__get__(self)
-        is_fitted_later = any(name in getattr(cls, "__annotations__", ()) for cls in type(self).__mro__)
-        if name.endswith("_") and (is_fitted_later or isinstance(computed, property)):
-            raise NotFittedError(f"{type(self).__name__} has no {name} before it is fitted; call fit first")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    @property
-    def persistent_attributes(self) -> list[str]:
-        """Names of the fitted attributes that `save` writes; none before `fit`."""
-        return [name for name in vars(self) if name[-1] == "_" and name[0] != "_"]
-
-    def set_params(self, values: dict[str, Any] | None = None, **params: Any) -> Self:
-        """Set parameters of the constructor.
-
-        Parameters
-        ----------
-        values : dict, optional
-            Parameters by name, as PyCave takes them.
-        **params
-            Parameters by name, as scikit-learn takes them.
-
-        Returns
-        -------
-        self
-
-        Raises
-        ------
-        ValueError
-            For a name that is no parameter.
-        """
-        changed: Self = super().set_params(**(values or {}), **params)
-        return changed
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the estimator to a directory, as `params.json` and, once fitted, `model.safetensors`.
-
-        Files are written aside and renamed: an interrupted save leaves the files of the one before. Nothing in them is
-        code, so that loading is safe whoever wrote them.
-
-        Parameters
-        ----------
-        path : str or os.PathLike
-            The directory; made where it does not exist.
-
-        Raises
-        ------
-        NotADirectoryError
-            If `path` is a file.
-        TypeError, ValueError
-            If a constructor parameter can not be written as JSON, or `load` would refuse a parameter or an attribute:
-            NaN, names that no class annotates.
-        """
-        _persistence.save(self, path)
-
-    def save_parameters(self, path: str | os.PathLike[str]) -> None:
-        """Write `params.json`, the constructor's parameters, to a directory: a part of `save`.
-
-        Parameters
-        ----------
-        path : str or os.PathLike
-            The directory; made where it does not exist.
-
-        Raises
-        ------
-        NotADirectoryError, TypeError, ValueError
-            As `save`.
-        """
-        _persistence.save_parameters(self, path)
-
-    def save_attributes(self, path: str | os.PathLike[str]) -> None:
-        """Write `model.safetensors`, the fitted attributes, to a directory: a part of `save`.
-
-        Parameters
-        ----------
-        path : str or os.PathLike
-            The directory; made where it does not exist.
-
-        Raises
-        ------
-        sklearn.exceptions.NotFittedError
-            Before `fit`.
-        NotADirectoryError, TypeError, ValueError
-            As `save`.
-        """
-        _persistence.save_attributes(self, path)
-
-    @classmethod
-    def load_parameters(cls, path: str | os.PathLike[str]) -> Self:
-        """An unfitted estimator with the parameters that are saved in a directory: a part of `load`.
-
-        Parameters
-        ----------
-        path : str or os.PathLike
-            The directory.
-
-        Returns
-        -------
-        estimator
-
-        Raises
-        ------
-        FileNotFoundError, ValueError
-            As `load`.
-        """
-        return _persistence.load_parameters(cls, path)
-
-    def load_attributes(self, path: str | os.PathLike[str]) -> None:
-        """Take over the fitted attributes that are saved in a directory: a part of `load`.
-
-        Parameters
-        ----------
-        path : str or os.PathLike
-            The directory.
-
-        Raises
-        ------
-        FileNotFoundError
-            If the estimator that was saved there was not fitted.
-        ValueError
-            As `load`.
-        """
-        _persistence.load_attributes(self, path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Self:
-        """Read an estimator that `save` wrote, or PyCave 3 or torchgmm 0.1.
-
-        Parameters
-        ----------
-        path : str or os.PathLike
-            The directory.
-        allow_pickle : bool, default False
-            Whether to read PyCave's and torchgmm's `params.pickle` and `attributes.pickle`, which can run any code:
-            only if you trust whoever wrote them. `save` writes no pickles.
-
-        Returns
-        -------
-        estimator
-            Its arrays are NumPy arrays, or torch tensors if PyCave or torchgmm wrote them; predictions follow the
-            library of the data that they are made for.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is nothing to load at `path`.
-        ValueError
-            If the files are damaged or incomplete, hold what no fit leaves, belong to another class or a newer version,
-            or the parameters are a pickle.
-        ImportError
-            If PyCave or torchgmm wrote the files and torch is not installed.
-
-        Warns
-        -----
-        UserWarning
-            If `converged_`, `num_iter_` and the score of the fit are not loaded because they are a pickle, and if
-            gaussmix 0.1.0 wrote the files: without a digest of all that they say, damage may go unnoticed.
-        """
-        return _persistence.load(cls, path, allow_pickle)
-
-    def clone(self) -> Self:
-        """An unfitted copy with the same parameters."""
-        copy: Self = clone(self)
-        return copy
-
-    def _told(self) -> dict[str, Any]:
-        """What the constructor was told that a fit depends on, as JSON has it; arrays by their contents."""
-        params = self.get_params(deep=False)
-        return {name: described(value) for name, value in params.items() if name not in WITHOUT_EFFECT}
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.array_api_support = True
-        return tags
-
-
-class Trained(Persistent):
-    """An estimator with PyCave's `trainer_params`."""
-
-    trainer_params: dict[str, Any] | None
-    _max_epochs = 100
-
-    @property
-    def trainer_params_user(self) -> dict[str, Any] | None:
-        """`trainer_params`, as the constructor was given them."""
-        return self.trainer_params
-
-    def trainer(self, **kwargs: Any) -> Any:
-        """A Lightning Trainer with the estimator's settings; there for scripts that ask for one, not used by `fit`.
-
-        Parameters
-        ----------
-        **kwargs
-            Settings that take precedence over `trainer_params`.
-
-        Returns
-        -------
-        trainer : pytorch_lightning.Trainer
-
-        Raises
-        ------
-        ImportError
-            If pytorch_lightning is not installed.
-        """
-        return trainer(self.trainer_params, {"max_epochs": self._max_epochs}, kwargs)
-
-    def _settings(self, *, warn: bool = True) -> Settings:
-        # A fit has said what there is to say about them: predictions say nothing.
-        return settings(self.trainer_params, self._max_epochs, warn=warn)
-
-    def _told(self) -> dict[str, Any]:
-        settings = self._settings(warn=False)
-        return super()._told() | {"max_epochs": settings.max_epochs, "precision": settings.dtype}
 
 
 class Mixture(DensityMixin, Persistent):
@@ -417,6 +68,9 @@ class Mixture(DensityMixin, Persistent):
     n_features_in_: int
     n_steps_: int
     covariance_type_: str
+
+    # What an error says of a covariance that came out singular, before its cause.
+    _ill_defined: ClassVar[str] = ""
 
     def __getattr__(self, name: str) -> Any:
         # Attributes that are set by hand are those that scikit-learn predicts from: the rest follows from them.
@@ -514,7 +168,11 @@ class Mixture(DensityMixin, Persistent):
         )
         if checkpoint is not None:
             plan = replace(plan, identity=self._identity(rows, plan.start))
-        result, self.backend_ = self._run(plan, rows, random_state, distributed)
+        try:
+            result, self.backend_ = self._runs(plan, rows)(random_state)
+        except SingularCovarianceError as error:
+            error.args = (f"{self._ill_defined}{error}",)
+            raise
         if plan.max_iter and not result.converged:
             warn_user(self._not_converged(len(result.lower_bounds)), ConvergenceWarning)
         self._set_parameters(result.parameters, self._rounded(rows))
@@ -648,7 +306,7 @@ class Mixture(DensityMixin, Persistent):
             check_enough_rows(rows.n_positive, *self._k)
         objective = self._objective
         level = logging.INFO if is_new else logging.DEBUG
-        on_rows = engine(self._placed(rows), objective.covariance, level=level)
+        on_rows = engine(self._placement().placed(rows), objective.covariance, level=level)
         begun: Start = self._start(rows) if is_new else Continued(self._continued("partial_fit", rows))
         start = begun(on_rows, objective, random_generator(self.random_state))
         n_steps = getattr(self, "n_steps_", 0)
@@ -735,11 +393,7 @@ class Mixture(DensityMixin, Persistent):
         rows = validate_rows(self, X, reset=False, batch_size=self.batch_size, num_workers=self.num_workers)
         check_same_library(rows.like, self, self.means_, method)
         density = density_of(self._parameters, self._covariance)
-        return _Inference(rows, density, engine(self._placed(rows), self._covariance))
-
-    def _placed(self, rows: Rows | Stream) -> Rows | Stream:
-        """The rows where they are to be computed."""
-        return rows
+        return _Inference(rows, density, engine(self._placement().placed(rows), self._covariance))
 
     def _told_to_fit(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What processes that fit together need to be told alike."""
@@ -752,10 +406,6 @@ class Mixture(DensityMixin, Persistent):
             names = ("weights_", "means_", "covariances_", "precisions_cholesky_", "lower_bound_")
             told |= {f"{name} (warm_start)": described(getattr(self, name, None)) for name in names}
         return told
-
-    def _device(self) -> str | None:
-        """Where rows are computed, if not where they are."""
-        return None
 
     def _identity(self, rows: Described, begun: Start) -> dict[str, Any]:
         """What the result of a fit depends on, but for its end, as JSON has it."""
@@ -794,11 +444,9 @@ class Mixture(DensityMixin, Persistent):
         """A fit to these rows, as the constructor was told."""
         raise NotImplementedError
 
-    def _run(
-        self, plan: Plan, rows: Any, random_state: np.random.RandomState, distributed: Group | None
-    ) -> tuple[EMResult, str]:
+    def _runs(self, plan: Plan, rows: Rows | Stream | Share) -> Callable[[np.random.RandomState], tuple[EMResult, str]]:
         """The plan, where it is to be computed."""
-        return plan(rows if distributed is not None else self._placed(rows), random_state)
+        return partial(plan, self._placement().placed(rows))
 
     def _not_converged(self, n_iter: int) -> str:
         """What is said after so many iterations."""
@@ -819,7 +467,7 @@ class Mixture(DensityMixin, Persistent):
             batch_size=self.batch_size,
             num_workers=self.num_workers,
         )
-        return rows if group is None else Share.of(self._placed(rows), group)
+        return rows if group is None else Share.of(rows, group)
 
     def _set_progress(self, lower_bounds: list[float], converged: bool) -> None:
         """Publish how EM went."""

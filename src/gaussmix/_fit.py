@@ -12,17 +12,17 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 from gaussmix._arrays import asarray_like
-from gaussmix._checkpoint import State, opened
-from gaussmix._data import Rows, Stream
-from gaussmix._dispatch import engine
-from gaussmix._distributed import Share
 from gaussmix._em import Callback, DivergedError, EMResult, best_of, is_converged, progress_bar, run_em
-from gaussmix._engine import Engine
 from gaussmix._initialization import find_means, initialize
 from gaussmix._objective import MaximumLikelihood, Objective
 from gaussmix._parameters import Parameters, SingularCovarianceError
 from gaussmix._typing import Array
 from gaussmix._warnings import warn_user
+from gaussmix.backends._dispatch import engine
+from gaussmix.backends._engine import Engine
+from gaussmix.rows._data import Rows, Stream
+from gaussmix.rows._processes import Share
+from gaussmix.storage._checkpoint import State, opened
 
 
 class Start(Protocol):

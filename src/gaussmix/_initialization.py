@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.cluster import kmeans_plusplus
 
-from gaussmix import _numpy
 from gaussmix._arrays import array_namespace, asarray_like, to_numpy
 from gaussmix._covariance import COVARIANCES, Covariance
-from gaussmix._data import Described, Rows
-from gaussmix._engine import Engine
 from gaussmix._guard import CENTRED
 from gaussmix._objective import Objective
 from gaussmix._parameters import Parameters, SingularCovarianceError, SufficientStatistics
 from gaussmix._typing import Array
+from gaussmix.backends import _numpy
+from gaussmix.backends._engine import Engine
+from gaussmix.rows._data import Described, Rows
 
 # Centroids of a sample of m rows have an inertia about k / m above those of all rows: under half a percent.
 SAMPLE_ROWS = 2**14

@@ -11,12 +11,8 @@ from sklearn.base import ClassNamePrefixFeaturesOutMixin, ClusterMixin, Transfor
 from sklearn.utils.validation import check_is_fitted
 
 from gaussmix._arrays import array_namespace, asarray_like, floating_dtype, to_numpy
-from gaussmix._data import Rows, Stream
-from gaussmix._dispatch import clusters, distances, shareable
-from gaussmix._distributed import Group, launch
+from gaussmix._checks import check_integer, check_option, check_real, random_generator
 from gaussmix._em import progress_bar
-from gaussmix._engine import Engine
-from gaussmix._estimator import Trained, averaged, by_block, numpy_defaults, takes_data, whole_or_not_at_all
 from gaussmix._initialization import (
     SAMPLE_ROWS,
     SAMPLE_ROWS_PER_COMPONENT,
@@ -25,17 +21,16 @@ from gaussmix._initialization import (
     lloyd,
     mean_squared_distance,
 )
-from gaussmix._trainer import Settings
+from gaussmix._methods import averaged, by_block, numpy_defaults, takes_data, whole_or_not_at_all
+from gaussmix._persistent import Trained
 from gaussmix._typing import Array
-from gaussmix._validation import (
-    check_enough_rows,
-    check_integer,
-    check_option,
-    check_real,
-    check_same_library,
-    random_generator,
-    validate_rows,
-)
+from gaussmix.backends._dispatch import clusters, distances, shareable
+from gaussmix.backends._engine import Engine
+from gaussmix.compat._fabric import launch
+from gaussmix.compat._trainer import Settings
+from gaussmix.rows._data import Rows, Stream
+from gaussmix.rows._group import Group
+from gaussmix.rows._validation import check_enough_rows, check_same_library, validate_rows
 
 
 @dataclass(frozen=True)
@@ -146,12 +141,12 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         random_state = random_generator(self.random_state)
         run = _Run(k, self.init_strategy, self.convergence_tolerance, settings)
         if settings.fabric is None:
-            result, self.inertia_ = run(settings.placed(rows), random_state)
+            result, self.inertia_ = run(settings.placement.placed(rows), random_state)
         else:
             result, self.inertia_ = launch(
                 settings.fabric, partial(run.shared, self._told(), shareable(rows), random_state)
             )
-        like = settings.rounded(rows.like[:0, :])
+        like = settings.placement.rounded(rows.like[:0, :])
         self.centroids_ = asarray_like(result.centroids, like, floating_dtype(like))
         self.converged_, self.num_iter_ = result.converged, result.n_iter
         return self
@@ -173,7 +168,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
             In the library and on the device of X.
         """
         rows = self._rows(X, "predict")
-        on_rows = clusters(self._settings(warn=False).placed(rows))
+        on_rows = clusters(self._placement().placed(rows))
         labels = on_rows.nearest(self._centroids(on_rows))
         return asarray_like(labels, rows.like, array_namespace(rows.like).int64)
 
@@ -199,7 +194,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
             In the units, the library, on the device and in the dtype of X.
         """
         rows = self._rows(X, "transform")
-        placed = self._settings(warn=False).placed(rows)
+        placed = self._placement().placed(rows)
         found = distances(placed, asarray_like(self.centroids_, placed.like, placed.dtype))
         return asarray_like(found, rows.like, floating_dtype(rows.like))
 
@@ -225,7 +220,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
             In squared units of the data; in the library, on the device and in the dtype of X.
         """
         rows = self._rows(X, "score_samples")
-        on_rows = clusters(self._settings(warn=False).placed(rows))
+        on_rows = clusters(self._placement().placed(rows))
         found = on_rows.squared_distances(self._centroids(on_rows))
         return asarray_like(found, rows.like, floating_dtype(rows.like))
 
@@ -246,7 +241,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         -------
         inertia : float
         """
-        on_rows = clusters(self._settings(warn=False).placed(self._rows(X, "score")))
+        on_rows = clusters(self._placement().placed(self._rows(X, "score")))
         return mean_squared_distance(on_rows, self._centroids(on_rows))
 
     @property
@@ -304,6 +299,6 @@ class _Run:
     ) -> tuple[KMeansResult, float]:
         """The same in several processes; with arrays in host memory, which travel between them."""
         group.compare(told | {"the shape of X": rows.shape})
-        rows = replace(self.settings, device=group.device).placed(rows)
+        rows = replace(self.settings.placement, device=group.device).placed(rows)
         result, inertia = self(rows, group.from_first(random_state), group)
         return replace(result, centroids=to_numpy(result.centroids)), inertia

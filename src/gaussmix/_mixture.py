@@ -1,6 +1,6 @@
 """GaussianMixture with PyCave's signature."""
 
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -9,30 +9,21 @@ from typing import Any, Self
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from gaussmix import _interop
 from gaussmix._arrays import asarray_like, to_numpy
-from gaussmix._data import Described, Rows, Stream
-from gaussmix._dispatch import shareable
-from gaussmix._distributed import Group, Share, launch, share_of
+from gaussmix._checks import check_covariance_type, check_integer, check_option, check_real, validate_array
 from gaussmix._em import EMResult
-from gaussmix._estimator import (
-    Mixture,
-    Trained,
-    averaged,
-    by_block,
-    numpy_defaults,
-    takes_data,
-)
+from gaussmix._estimator import Mixture
 from gaussmix._fit import Found, Plan
-from gaussmix._trainer import Settings
+from gaussmix._methods import averaged, by_block, numpy_defaults, takes_data
+from gaussmix._persistent import Trained
 from gaussmix._typing import Array
-from gaussmix._validation import (
-    check_covariance_type,
-    check_integer,
-    check_option,
-    check_real,
-    validate_array,
-)
+from gaussmix.backends._dispatch import shareable
+from gaussmix.compat import _interop
+from gaussmix.compat._fabric import launch
+from gaussmix.compat._trainer import Settings
+from gaussmix.rows._data import Described, Rows, Stream
+from gaussmix.rows._group import Group
+from gaussmix.rows._processes import Share, share_of
 
 INIT_STRATEGIES = ("kmeans", "kmeans++", "random", "random_from_data")
 
@@ -329,12 +320,6 @@ class GaussianMixture(Mixture, Trained):
 
         return GaussianMixtureModel.of(self.weights_, self.means_, self.precisions_cholesky_, self._covariance.name)
 
-    def _device(self) -> str | None:
-        # What is wrong with the settings is said once all processes can hear it.
-        with suppress(TypeError, ValueError):
-            return self._settings(warn=False).device
-        return None
-
     def _check_parameters(self) -> None:
         check_integer("num_components", self.num_components, 1)
         check_covariance_type(self.covariance_type)
@@ -367,21 +352,23 @@ class GaussianMixture(Mixture, Trained):
             shows_bar=settings.progress_bar,
         )
 
-    def _run(
-        self, plan: Plan, rows: Any, random_state: np.random.RandomState, distributed: Group | None
-    ) -> tuple[EMResult, str]:
+    def _validated(self, X: Any, sample_weight: Any, group: Group | None) -> Any:
+        fabric = self._settings(warn=False).fabric
+        if group is not None and fabric is not None:
+            raise ValueError(
+                f"trainer_params starts processes ({fabric}), and distributed names some that are there; leave one of "
+                "them out"
+            )
+        return super()._validated(X, sample_weight, group)
+
+    def _runs(self, plan: Plan, rows: Rows | Stream | Share) -> Callable[[np.random.RandomState], tuple[EMResult, str]]:
         settings = self._settings(warn=False)
         if settings.fabric is None:
-            return super()._run(plan, rows, random_state, distributed)
-        if distributed is not None:
-            raise ValueError(
-                f"trainer_params starts processes ({settings.fabric}), and distributed names some that are there; "
-                "leave one of them out"
-            )
-        return launch(settings.fabric, partial(_shared, plan, settings, self._told(), shareable(rows), random_state))
+            return super()._runs(plan, rows)
+        return partial(_launched, plan, settings, self._told(), shareable(rows))
 
     def _rounded(self, rows: Described) -> Described:
-        return Rows(self._settings(warn=False).rounded(rows.like[:0, :]))
+        return Rows(self._placement().rounded(rows.like[:0, :]))
 
     def _not_converged(self, n_iter: int) -> str:
         return (
@@ -393,8 +380,13 @@ class GaussianMixture(Mixture, Trained):
         self.converged_, self.num_iter_, self.lower_bounds_ = converged, len(lower_bounds), lower_bounds
         self.nll_ = -lower_bounds[-1] if lower_bounds else float("inf")
 
-    def _placed(self, rows: Rows | Stream) -> Rows | Stream:
-        return self._settings(warn=False).placed(rows)
+
+def _launched(
+    plan: Plan, settings: Settings, told: dict[str, Any], rows: Rows, random_state: np.random.RandomState
+) -> tuple[EMResult, str]:
+    """The fit in as many processes as the settings ask for."""
+    assert settings.fabric is not None
+    return launch(settings.fabric, partial(_shared, plan, settings, told, rows, random_state))
 
 
 def _shared(
@@ -402,6 +394,7 @@ def _shared(
 ) -> tuple[EMResult, str]:
     """The fit in processes that all have the rows; with arrays in host memory, which travel between them."""
     group.compare(told | {"the shape of X": rows.shape})
-    placed = replace(settings, device=group.device).placed(rows.part(share_of(rows, group)))
-    result, backend = plan(Share.of(placed, group), random_state)
+    placement = replace(settings.placement, device=group.device)
+    share = Share.of(rows.part(share_of(rows, group)), group)
+    result, backend = plan(placement.placed(share), random_state)
     return replace(result, parameters=result.parameters.mapped(to_numpy)), backend

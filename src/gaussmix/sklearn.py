@@ -4,34 +4,22 @@ import math
 from numbers import Integral
 from typing import Any, ClassVar, Self
 
-import numpy as np
 from array_api_compat import is_dask_array
 from sklearn import get_config
 from sklearn.mixture import GaussianMixture as Reference
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from gaussmix import _interop
 from gaussmix._arrays import array_namespace, asarray_like, working_dtype
+from gaussmix._checks import validate_array, validate_mixture_weights, validate_precisions
 from gaussmix._covariance import COVARIANCES
-from gaussmix._data import Described, Rows
-from gaussmix._distributed import Group
-from gaussmix._em import EMResult
-from gaussmix._estimator import (
-    Mixture,
-    averaged,
-    by_block,
-    numpy_defaults,
-    sum_of_blocks,
-)
+from gaussmix._estimator import Mixture
 from gaussmix._fit import Continued, Found, Plan
-from gaussmix._parameters import Parameters, SingularCovarianceError
+from gaussmix._methods import averaged, by_block, numpy_defaults, sum_of_blocks
+from gaussmix._parameters import Parameters
 from gaussmix._typing import Array
-from gaussmix._validation import (
-    validate_array,
-    validate_mixture_weights,
-    validate_precisions,
-)
+from gaussmix.compat import _interop
+from gaussmix.rows._data import Described, Rows
 
 __all__ = ["GaussianMixture"]
 
@@ -50,7 +38,7 @@ NOT_CONVERGED = (
 ILL_DEFINED = (
     "Fitting the mixture model failed because some components have ill-defined empirical covariance (for instance "
     "caused by singleton or collapsed samples). Try to decrease the number of components, increase reg_covar, or scale "
-    "the input data."
+    "the input data. Cause: "
 )
 
 
@@ -145,6 +133,8 @@ class GaussianMixture(Mixture):
     converged_: bool
     n_iter_: int
     lower_bound_: float
+
+    _ill_defined = ILL_DEFINED
 
     def __init__(
         self,
@@ -386,21 +376,13 @@ class GaussianMixture(Mixture):
             verbose_interval=self.verbose_interval,
         )
 
-    def _run(
-        self, plan: Plan, rows: Any, random_state: np.random.RandomState, distributed: Group | None
-    ) -> tuple[EMResult, str]:
-        try:
-            return super()._run(plan, rows, random_state, distributed)
-        except SingularCovarianceError as error:
-            error.args = (f"{ILL_DEFINED} Cause: {error}",)
-            raise
-
     def _not_converged(self, n_iter: int) -> str:
         return f"{NOT_CONVERGED} Now max_iter={self.max_iter}, tol={self.tol:g}."
 
     def _check_parameters(self) -> None:
         if not get_config()["skip_parameter_validation"]:
             self._validate_params()
+        self._placement()  # what is wrong with the environment is said before any row is read
 
     @property
     def _k(self) -> tuple[str, int]:

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from gaussmix import _array_api
 from gaussmix._arrays import floating_dtype
+from gaussmix._checks import check_covariance_type, check_integer, check_mixture, validate_array
 from gaussmix._covariance import COVARIANCES
 from gaussmix._density import Density, log_offsets
 from gaussmix._files import (
@@ -34,9 +34,9 @@ from gaussmix._files import (
     replace,
     with_arrays,
 )
-from gaussmix._gpu import as_tensor
 from gaussmix._parameters import singular_covariance
-from gaussmix._validation import check_covariance_type, check_integer, check_mixture, validate_array
+from gaussmix.backends import _array_api
+from gaussmix.rows._gpu import as_tensor
 
 __all__ = [
     "CovarianceType",

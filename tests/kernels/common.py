@@ -5,12 +5,12 @@ import torch
 
 import gaussmix_kernels as kernels
 import oracle
-from gaussmix import _array_api
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
-from gaussmix._data import Rows
 from gaussmix._objective import density_of
 from gaussmix._parameters import Parameters
+from gaussmix.backends import _array_api
+from gaussmix.rows._data import Rows
 from gaussmix_kernels._launch import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

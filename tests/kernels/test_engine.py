@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 import oracle
 from cases import LOG_PROB_TOLERANCE, PARAMETER_TOLERANCE, OnRows, assert_close, blobs, start_for
 from gaussmix import GaussianMixture as PyCaveMixture
-from gaussmix import _array_api, _triton
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
-from gaussmix._data import Rows
-from gaussmix._dispatch import choose, why_not_triton
 from gaussmix._guard import CENTRED
 from gaussmix._parameters import Parameters, SingularCovarianceError
+from gaussmix.backends import _array_api, _triton
+from gaussmix.backends._dispatch import choose, why_not_triton
+from gaussmix.rows._data import Rows
 from gaussmix.sklearn import GaussianMixture
 from kernels.common import DEVICE, INTERPRETED, LAYOUTS, mixture, rows, tensor
 from strategies import cases
@@ -269,7 +269,7 @@ def test_dispatch_says_why(monkeypatch):
     assert "numpy.ndarray is neither a torch tensor nor a CuPy array" in why_not_triton(np.zeros(1))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert why_not_triton(host) is None
-    monkeypatch.setattr("gaussmix._dispatch.find_spec", lambda name: None if name == "triton" else name)
+    monkeypatch.setattr("gaussmix.backends._dispatch.find_spec", lambda name: None if name == "triton" else name)
     assert why_not_triton(host) == "triton is not installed; install gaussmix[triton]"
     monkeypatch.setenv("GAUSSMIX_BACKEND", "triton")
     with pytest.raises(ValueError, match="can not run: triton is not installed; install"):
@@ -280,7 +280,7 @@ def test_tensors_on_the_host_load_no_kernels():
     code = (
         f"import sys; sys.path[:0] = {sys.path!r}; import torch; from gaussmix import GaussianMixture; "
         "GaussianMixture(2, random_state=0).fit(torch.arange(50.0)[:, None] ** 2);"
-        "print([m for m in ('gaussmix._triton', 'gaussmix_kernels._public') if m in sys.modules])"
+        "print([m for m in ('gaussmix.backends._triton', 'gaussmix_kernels._public') if m in sys.modules])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

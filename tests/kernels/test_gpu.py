@@ -73,7 +73,7 @@ def test_cupy_arrays_in_and_out(covariance, dtype, own_stream):
 
 def test_cupy_memory_is_shared():
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
-    from gaussmix._triton import _tensor
+    from gaussmix.backends._triton import _tensor
 
     x = cupy.zeros((7, 3))
     assert _tensor(x).data_ptr() == x.data.ptr

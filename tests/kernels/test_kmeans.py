@@ -6,9 +6,10 @@ import torch
 
 import gaussmix_kernels as kernels
 from cases import assert_close
-from gaussmix import KMeans, _array_api, _triton
+from gaussmix import KMeans
 from gaussmix._arrays import to_numpy
-from gaussmix._data import Rows
+from gaussmix.backends import _array_api, _triton
+from gaussmix.rows._data import Rows
 from gaussmix_kernels import _kmeans
 from kernels.common import prepare, rows, tensor
 

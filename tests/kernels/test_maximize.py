@@ -8,12 +8,12 @@ import torch
 
 import gaussmix_kernels as kernels
 from cases import PARAMETER_TOLERANCE, OnRows, assert_close
-from gaussmix import _array_api, _triton
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
-from gaussmix._data import Rows
 from gaussmix._objective import MaximumLikelihood
 from gaussmix._parameters import Parameters, SufficientStatistics
+from gaussmix.backends import _array_api, _triton
+from gaussmix.rows._data import Rows
 from gaussmix_kernels import EM
 from gaussmix_kernels._parameters import Natural, decide, fill_operands, room_for_operands
 from kernels.common import KINDS, density, local, mixture, origin_of, prepare, rows, tensor

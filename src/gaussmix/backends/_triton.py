@@ -19,15 +19,16 @@ import torch
 from array_api_compat import is_cupy_array
 
 import gaussmix_kernels as kernels
-from gaussmix import _array_api
 from gaussmix._arrays import array_namespace, asarray_like, to_numpy
 from gaussmix._covariance import Covariance
-from gaussmix._data import Rows
 from gaussmix._density import Density
-from gaussmix._engine import Draw, Progress
 from gaussmix._guard import CENTRED, FLOAT32, FLOAT64, TOLERANCE, Form, Forms, choose
 from gaussmix._parameters import Parameters, SufficientStatistics
 from gaussmix._typing import Array
+from gaussmix.backends import _array_api
+from gaussmix.backends._engine import Progress
+from gaussmix.rows._data import Rows
+from gaussmix.rows._passes import Draw
 
 # Responsibilities below 1e-11 are zero in float16 pairs: a component of less weight than this could live on such alone.
 LEAST_WEIGHT = 1e-6

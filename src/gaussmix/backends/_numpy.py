@@ -18,17 +18,19 @@ import numpy as np
 from array_api_compat import is_numpy_array, is_torch_array
 from scipy.sparse import csc_array
 
-from gaussmix import _array_api, _guard, _pruning
+from gaussmix import _guard
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import Covariance
-from gaussmix._data import Rows, slices
 from gaussmix._density import Density
-from gaussmix._engine import Draw, Engine, InMemory
-from gaussmix._features import QUADRATIC, natural_parameters
 from gaussmix._guard import CENTRED, Form, Forms
 from gaussmix._parameters import SufficientStatistics
 from gaussmix._threads import one_blas_thread, run
 from gaussmix._typing import Array
+from gaussmix.backends import _array_api, _pruning
+from gaussmix.backends._engine import Engine
+from gaussmix.backends._features import QUADRATIC, natural_parameters
+from gaussmix.rows._data import Rows, slices
+from gaussmix.rows._passes import Draw, InMemory
 
 # A block's features, logits and responsibilities take about this many bytes: what a core's share of the cache holds.
 # Its rows are at least and at most so many: enough for the matrix products, and for threads to wait seldom for Python.

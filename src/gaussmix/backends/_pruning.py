@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gaussmix._array_api import nearest
 from gaussmix._covariance import Covariance
-from gaussmix._data import slices
 from gaussmix._density import Density
 from gaussmix._guard import CENTRED
 from gaussmix._parameters import SufficientStatistics
 from gaussmix._typing import Array
+from gaussmix.backends._array_api import nearest
+from gaussmix.rows._data import slices
 
 # A responsibility below exp(-100) = 4e-44 is left out; a component whose count comes out below SMALLEST_COUNT might
 # have lived on such ones alone, and is computed without pruning.

@@ -12,12 +12,12 @@ from operator import add
 
 from gaussmix._arrays import array_namespace, asarray_like, device, working_dtype
 from gaussmix._covariance import Covariance
-from gaussmix._data import Rows
 from gaussmix._density import Density
-from gaussmix._engine import Draw
 from gaussmix._guard import CENTRED, Form, Forms
 from gaussmix._parameters import SufficientStatistics
 from gaussmix._typing import Array
+from gaussmix.rows._data import Rows
+from gaussmix.rows._passes import Draw
 
 # Elements of the (k, rows, d) array of a block, and of the (rows, k) and (rows, d) arrays of a block of k-means: 2 MiB
 # in float64, which a CPU's cache still holds.

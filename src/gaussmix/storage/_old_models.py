@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gaussmix._checks import REPORTS
 from gaussmix._files import UNREADABLE, damaged, read_json
-from gaussmix._validation import REPORTS
 
 PARAMS, PICKLED_PARAMS = "params.json", "params.pickle"
 ATTRIBUTES, PICKLED_ATTRIBUTES = "attributes.json", "attributes.pickle"

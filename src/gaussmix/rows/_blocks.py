@@ -14,8 +14,8 @@ from numpy.lib.array_utils import byte_bounds
 from scipy.sparse import issparse
 
 from gaussmix._arrays import plain
-from gaussmix._data import slices
 from gaussmix._typing import Array
+from gaussmix.rows._data import slices
 
 T = TypeVar("T")
 

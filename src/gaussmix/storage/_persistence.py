@@ -22,8 +22,16 @@ from array_api_compat import is_array_api_obj
 from sklearn import config_context
 from sklearn.utils.validation import check_is_fitted
 
-from gaussmix import _old_models
 from gaussmix._arrays import to_numpy
+from gaussmix._checks import (
+    REPORTS,
+    check_covariance_type,
+    check_integer,
+    check_mixture,
+    check_type,
+    random_generator,
+    validate_array,
+)
 from gaussmix._files import (
     as_path,
     check_digest,
@@ -35,15 +43,7 @@ from gaussmix._files import (
     with_arrays,
     with_digest,
 )
-from gaussmix._validation import (
-    REPORTS,
-    check_covariance_type,
-    check_integer,
-    check_mixture,
-    check_type,
-    random_generator,
-    validate_array,
-)
+from gaussmix.storage import _old_models
 
 # 1, which version 0.1.0 wrote, has digests of the arrays alone, and in `params.json` no word of a model.
 FORMAT = 2

@@ -2,18 +2,11 @@
 
 import logging
 from dataclasses import dataclass
-from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
-from array_api_compat import is_cupy_array, is_torch_array
-
-from gaussmix._arrays import array_namespace
-from gaussmix._data import Rows, Stream
-from gaussmix._typing import Array
-from gaussmix._validation import check_integer
+from gaussmix._checks import check_integer
 from gaussmix._warnings import warn_user
+from gaussmix.rows._placement import Placement, environment
 
 # Logging, checkpoints and summaries of Lightning's Trainer: nothing here depends on them.
 IGNORED = (
@@ -43,44 +36,9 @@ class Settings:
     """What a fit or a prediction takes from `trainer_params`."""
 
     max_epochs: int
-    device: str | None  # where rows are computed: "cpu", "cuda:0"; None for where they are
-    dtype: str | None  # "float32", "float64"; None for that of the rows
+    placement: Placement
     progress_bar: bool
     fabric: dict[str, Any] | None  # arguments of Lightning Fabric where several processes are asked for
-
-    def placed(self, rows: Rows | Stream) -> Rows | Stream:
-        """The rows where and in the precision in which they are to be computed."""
-        if self.device is None and self.dtype is None:
-            return rows
-        if self.device is not None and self.device != "cpu" and not _has_gpu():
-            raise ValueError(
-                "trainer_params asks for a GPU, and torch finds none; pass accelerator='cpu' or leave it out"
-            )
-        some = rows.like[: min(1, rows.like.shape[0]), :]
-        if self._place(some) is some:
-            return rows
-        if self.device in (None, "cpu") or not _is_on_host(some):
-            return rows.mapped(self._place)
-        # Imports torch, which only those who ask for a GPU pay for.
-        from gaussmix import _gpu
-
-        if isinstance(rows, Rows):
-            size = rows.batch_size or _gpu.block_rows(rows.array, self.device)
-            if size is None:
-                return rows.mapped(self._place)
-            rows = rows.in_blocks(size)
-        return rows.mapped(self._place, partial(_gpu.sent, self.device))
-
-    def rounded(self, x: Array) -> Array:
-        """The array in the precision that is asked for."""
-        if self.dtype is None:
-            return x
-        xp = array_namespace(x)
-        return xp.astype(x, getattr(xp, self.dtype), copy=False)
-
-    def _place(self, x: Array) -> Array:
-        # A GPU rounds faster than the host, and copies what is in page-locked memory by itself.
-        return self.rounded(x if self.device is None else _moved(x, self.device))
 
 
 def settings(trainer_params: dict[str, Any] | None, default_max_epochs: int = 100, *, warn: bool = True) -> Settings:
@@ -106,8 +64,7 @@ def settings(trainer_params: dict[str, Any] | None, default_max_epochs: int = 10
     bar = params.get("enable_progress_bar")
     return Settings(
         max_epochs=int(max_epochs),
-        device=_device(params),
-        dtype=None if precision is None else PRECISIONS[precision],
+        placement=Placement(_device(params), None if precision is None else PRECISIONS[precision]),
         progress_bar=logging.getLogger("gaussmix").getEffectiveLevel() <= logging.INFO if bar is None else bool(bar),
         fabric=_fabric(params),
     )
@@ -159,7 +116,9 @@ def _device(params: dict[str, Any]) -> str | None:
     devices = params.get("devices")
     if isinstance(devices, (list, tuple)) and len(devices) == 1 and accelerator != "cpu":
         return f"cuda:{devices[0]}"
-    return {"auto": None, "cpu": "cpu"}.get(accelerator, "cuda:0")
+    if accelerator == "auto":
+        return environment().device
+    return "cpu" if accelerator == "cpu" else "cuda:0"
 
 
 def _fabric(params: dict[str, Any]) -> dict[str, Any] | None:
@@ -170,27 +129,3 @@ def _fabric(params: dict[str, Any]) -> dict[str, Any] | None:
     asked = many or any(params.get(name) not in (None, "auto") for name in ("strategy", "plugins"))
     names = ("accelerator", "devices", "num_nodes", "plugins", "strategy")
     return {name: params[name] for name in names if name in params} if asked else None
-
-
-def _has_gpu() -> bool:
-    if find_spec("torch") is None:
-        return False
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _is_on_host(x: Array) -> bool:
-    return isinstance(x, np.ndarray) or (is_torch_array(x) and x.device.type == "cpu")
-
-
-def _moved(x: Array, where: str) -> Array:
-    """The array on this device: a torch tensor on a GPU, and in host memory a tensor or a NumPy array."""
-    if is_torch_array(x):
-        return x.to(where, non_blocking=where != "cpu")
-    if where == "cpu":
-        return x.get() if is_cupy_array(x) else x
-    # Imports torch, which only those who ask for a GPU pay for.
-    from gaussmix import _gpu
-
-    return _gpu.as_tensor(x).to(where, non_blocking=True)

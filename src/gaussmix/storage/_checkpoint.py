@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gaussmix._arrays import to_numpy
+from gaussmix._checks import check_integer, check_mixture
 from gaussmix._covariance import COVARIANCES
-from gaussmix._distributed import Group
 from gaussmix._em import EMResult
 from gaussmix._files import as_path, damaged, locked, read_arrays, replace, with_arrays
 from gaussmix._parameters import Parameters
-from gaussmix._validation import check_integer, check_mixture
+from gaussmix.rows._group import Group
 
 # 1 did not say which rows and settings it was of.
 FORMAT = 2

@@ -22,12 +22,12 @@ from dask.delayed import delayed
 from sklearn.utils.random import sample_without_replacement
 
 from gaussmix._arrays import array_namespace, asarray_like, device, to_numpy, working_dtype
-from gaussmix._data import Mapping, Rows, Stream, fingerprint, slices
-from gaussmix._engine import Block, Draw
 from gaussmix._parameters import SufficientStatistics
 from gaussmix._threads import on_one_thread
 from gaussmix._typing import Array
 from gaussmix._warnings import warn_user
+from gaussmix.rows._data import Mapping, Rows, Stream, fingerprint, slices
+from gaussmix.rows._passes import Block, Draw
 
 # Results that one task of the tree adds up.
 SPLIT_EVERY = 8

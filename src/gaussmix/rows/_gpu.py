@@ -10,8 +10,8 @@ import torch
 from array_api_compat import is_cupy_array, is_torch_array
 
 from gaussmix._arrays import to_numpy
-from gaussmix._blocks import read_ahead
 from gaussmix._typing import Array
+from gaussmix.rows._blocks import read_ahead
 
 # Bytes of a block where none are asked for: long enough that calls of kernels do not count beside its copy.
 BLOCK_BYTES = 2**27

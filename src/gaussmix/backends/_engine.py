@@ -1,106 +1,24 @@
-"""EM's passes over a data set, wherever its rows are: `Engine`, and what it asks of rows and of implementations.
-
-`Passes` says where rows are: in memory, in blocks, in Dask's tasks, in several processes. A `Block` is rows in memory
-in one implementation. Neither knows of the other: a pass applies a function to each block and adds up what it gives.
-"""
+"""EM, inference and k-means as passes over a data set, wherever its rows are and whatever computes them."""
 
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 
 from gaussmix import _guard
 from gaussmix._arrays import array_namespace, asarray_like
 from gaussmix._covariance import Covariance
-from gaussmix._data import Rows
 from gaussmix._density import Density
 from gaussmix._guard import Form, Forms
 from gaussmix._parameters import Parameters, SufficientStatistics
 from gaussmix._typing import Array
+from gaussmix.rows._passes import Block, Draw, Passes
 
 logger = logging.getLogger("gaussmix")
-
-T = TypeVar("T")
-# Gives responsibilities (b, k), on the host, for the next b rows.
-Draw = Callable[[int], Array]
-
-
-class Block(Protocol):
-    """Rows in memory, in one implementation."""
-
-    rows: Rows
-    backend: str
-    # What saves work in the next pass over the same rows, and is nothing but that.
-    hints: Array | None
-
-    @property
-    def shift(self) -> Array:
-        """The point that features are about, on the host where there are several forms: (d,)."""
-
-    def floor(self) -> Array | None:
-        """What squares of x - shift are at least, as far as the inexact forms can tell: (d,)."""
-
-    def forms(self, covariance: Covariance) -> Forms:
-        """The forms of the E-step, the fastest first, the most exact last."""
-
-    def expect(self, density: Density, form: Form) -> SufficientStatistics:
-        """The E-step: statistics of all rows. A log-likelihood that is not finite asks for the next form."""
-
-    def assign(self, means: Array, origin: Array, covariance: Covariance, form: Form) -> SufficientStatistics:
-        """Statistics about `origin` (k, d) of the rows that are nearest to each of `means` (k, d)."""
-
-    def spread(self, draw: Draw, k: int, covariance: Covariance) -> SufficientStatistics:
-        """Statistics for the responsibilities that `draw` gives."""
-
-    def log_evidence(self, density: Density) -> Array:
-        """Log-density of each row under the mixture: (n,)."""
-
-    def responsibilities(self, density: Density) -> Array:
-        """Posterior probability of each component given the row: (n, k)."""
-
-    def labels(self, density: Density) -> Array:
-        """The component of largest responsibility for each row: (n,)."""
-
-    def nearest(self, centroids: Array) -> Array:
-        """The centroid nearest to each row, the first of equals: (n,)."""
-
-    def squared_distances(self, centroids: Array) -> Array:
-        """Squared distance of each row, of weight 0 or not, to the nearest centroid: (n,)."""
-
-    def sums(self, centroids: Array, origin: Array) -> Array:
-        """Sums of x - origin over the rows nearest to each centroid, with their weight as last column: (k, d + 1)."""
-
-
-class Passes(Protocol):
-    """Rows that functions of blocks are applied to."""
-
-    def reduce(self, step: Callable[..., T], nothing: Callable[[], T], draw: Draw | None = None) -> T:
-        """The sum of `step(block)` over all blocks; `nothing()` is that of no rows. Steps are picklable.
-
-        With `draw`, a step is given it as well; it is asked for rows in their order.
-        """
-
-    def map(self, step: Callable[[Block], Array]) -> Array:
-        """`step(block)`, which has a value for each row, for all rows in their order."""
-
-
-class InMemory:
-    """All rows as one block."""
-
-    def __init__(self, block: Block) -> None:
-        self.block = block
-
-    def reduce(self, step: Callable[..., T], nothing: Callable[[], T], draw: Draw | None = None) -> T:
-        """The step itself."""
-        return step(self.block) if draw is None else step(self.block, draw)
-
-    def map(self, step: Callable[[Block], Array]) -> Array:
-        """The step itself."""
-        return step(self.block)
 
 
 @dataclass(frozen=True)
@@ -209,9 +127,6 @@ class Engine:
 
 def _log(forms: Forms, left: Forms, reason: str) -> None:
     logger.info("%s left for %s: %s", forms[0].precision, left[0].precision, reason)
-
-
-# The steps of passes. They travel to other processes, as what is defined here can.
 
 
 def _about(

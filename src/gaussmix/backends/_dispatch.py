@@ -10,14 +10,15 @@ from typing import Any
 
 from array_api_compat import is_cupy_array, is_torch_array
 
-from gaussmix import _array_api, _numpy
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES, Covariance
-from gaussmix._data import Rows, Stream
-from gaussmix._distributed import Group, InProcesses, Share, share_of
-from gaussmix._engine import Block, Engine, InMemory, Passes
-from gaussmix._streaming import InBlocks
 from gaussmix._typing import Array
+from gaussmix.backends import _array_api, _numpy
+from gaussmix.backends._engine import Engine
+from gaussmix.rows._data import Rows, Stream
+from gaussmix.rows._group import Group
+from gaussmix.rows._passes import Block, InBlocks, InMemory, Passes
+from gaussmix.rows._processes import InProcesses, Share, share_of
 
 logger = logging.getLogger("gaussmix")
 
@@ -74,7 +75,7 @@ def _in_blocks(rows: Stream, make: Callable[[Rows], Block]) -> Passes:
     if type(rows) is Stream:
         return InBlocks(rows, make)
     # Imports dask, whose rows they are.
-    from gaussmix import _dask
+    from gaussmix.rows import _dask
 
     assert isinstance(rows, _dask.DaskRows)
     return _dask.InTasks(rows, make)
@@ -86,9 +87,9 @@ def distances(rows: Rows | Stream, centroids: Array) -> Array:
     return passes.map(partial(_array_api.distances, centroids=centroids))
 
 
-def shareable(rows: Rows | Stream) -> Rows:
+def shareable(rows: Rows | Stream | Share) -> Rows:
     """Rows that several processes can share."""
-    if isinstance(rows, Stream):
+    if not isinstance(rows, Rows):
         raise TypeError(
             "several processes share the rows of an array, not of a loader or in batches; pass an array and no "
             "batch_size, or devices=1"
@@ -137,7 +138,7 @@ def why_not_triton(x: Array, covariance: Covariance | None = None) -> str | None
 def _implementation(name: str) -> ModuleType:
     if name == "triton":
         # Imports torch and triton, which only those who use them pay for.
-        from gaussmix import _triton
+        from gaussmix.backends import _triton
 
         return _triton
     return {"numpy": _numpy, "array_api": _array_api}[name]

@@ -1,0 +1,1 @@
+"""Implementations of EM, and the choice between them."""

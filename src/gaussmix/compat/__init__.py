@@ -1,0 +1,1 @@
+"""What scripts for PyCave, Lightning and scikit-learn bring along."""

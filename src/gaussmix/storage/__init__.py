@@ -1,0 +1,1 @@
+"""What is kept in files: saved estimators, checkpoints, models of other libraries."""
