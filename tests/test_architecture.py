@@ -69,10 +69,30 @@ def test_public_methods_are_documented(cls):
             assert inspect.getdoc(value), attribute
 
 
+# What has a number of dimensions by which covariance types could be told apart.
+SHAPED = {
+    *("covariance", "covariances", "precisions", "precision_cholesky", "precisions_cholesky", "factor", "factors"),
+    *("cholesky", "covariance_cholesky", "second_moments", "moments", "matrices", "scatter", "precisions_init"),
+}
+
+
+def is_dimension_of_covariances(node):
+    """Whether it is `covariances.ndim`, `len(covariances.shape)` or the like."""
+    if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "len" and node.args:
+        node = node.args[0]
+        of = node.value if isinstance(node, ast.Attribute) and node.attr == "shape" else None
+    else:
+        of = node.value if isinstance(node, ast.Attribute) and node.attr == "ndim" else None
+    name = getattr(of, "attr", getattr(of, "id", ""))
+    return name.strip("_") in SHAPED
+
+
 def told_apart(tree):
-    """Where a tree compares with, matches or looks up names of covariance types."""
+    """Where a tree compares with, matches or looks up names of covariance types, or counts their dimensions."""
     names = set(COVARIANCES)
     for node in ast.walk(tree):
+        if is_dimension_of_covariances(node):
+            yield node.lineno
         values = []
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
@@ -92,10 +112,40 @@ def test_covariance_types_are_told_apart_in_one_file(folder):
 
 
 @pytest.mark.parametrize(
-    "code", ['c == "full"', 'c.name in ("tied", "full")', '{"diag": 1}', 'match c:\n    case "full":\n        pass']
+    "code",
+    [
+        'c == "full"',
+        'c.name in ("tied", "full")',
+        '{"diag": 1}',
+        'match c:\n    case "full":\n        pass',
+        "len(covariances.shape) == 3",
+        "if self.covariances_.ndim == 2:\n    pass",
+        "len(m.precision_cholesky.shape)",
+    ],
 )
 def test_that_would_be_noticed(code):
     assert list(told_apart(ast.parse(code)))
+
+
+@pytest.mark.parametrize("code", ["x.ndim == 2", "len(x.shape) != 2", "len(covariances)", 'f(c, "full")', "y = 'diag'"])
+def test_what_tells_nothing_apart_is_left_alone(code):
+    assert not list(told_apart(ast.parse(code)))
+
+
+def test_the_way_of_a_fit_is_the_one_that_is_described(monkeypatch):
+    for package in ("torch", "triton", "dask"):
+        pytest.importorskip(package)
+    monkeypatch.delenv("GAUSSMIX_BACKEND", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, here / "way.py"], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    described = (here.parent / "CONTRIBUTING.md").read_text().splitlines()
+    assert [line for line in lines if line not in described] == []
+    lengths = {line.split(" | ")[0].strip("| "): int(line.split(" | ")[2]) for line in lines}
+    longest = {"memory": 9, "blocks": 10, "Dask": 10, "processes": 11, "kernels": 16}
+    assert {place for place, length in lengths.items() if not 5 < length <= longest[place]} == set()
+    assert lengths.keys() == longest.keys()
 
 
 def test_every_module_can_be_imported():

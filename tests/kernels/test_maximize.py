@@ -10,7 +10,8 @@ import gaussmix_kernels as kernels
 from cases import PARAMETER_TOLERANCE, OnRows, assert_close
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
-from gaussmix._objective import MaximumLikelihood
+from gaussmix._guard import CENTRED, Form, choose
+from gaussmix._objective import MaximumLikelihood, density_of
 from gaussmix._parameters import Parameters, SufficientStatistics
 from gaussmix.backends import _array_api, _triton
 from gaussmix.rows._data import Rows
@@ -206,6 +207,57 @@ def test_the_gravest_reason_decides(changes, reason, where):
         decide(stop, bounds, settings, full("evidence", 1.0, n_parts), shared, old, new, natural, 2)
         assert to_numpy(stop).tolist() == [0, 0, reason, reason]
         assert float(bounds[3]) == state["previous"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        *({name: factor} for name in ("most_kappa", "most_ratio") for factor in (0.1, 0.9, 0.98)),
+        dict(least_weight=0.5),
+        dict(least_weight=1.001),
+        dict(least_weight=0.5, empty=True),
+    ],
+)
+@every_kind
+def test_the_device_leaves_a_form_where_the_host_does(type_, kind, exact, changes):
+    d = 3
+    x, weight = rows(40, d, weighted=True)
+    em = EM(prepare(x, weight, exact=exact), type_, kind)
+    parameters = mixture(x, 2, type_)
+    if changes.get("empty"):
+        parameters.weights[0] = 0  # has been for long: that it has no weight is no news
+    old = local(parameters, em.data)
+    statistics, _ = em.expect(density(old, type_))
+    new, natural = m_step(em, statistics, old, regularization=0.5)
+    natural.singular[natural.singular == 7] = 0  # flags that one covariance for all does not need
+    after = twin(em, statistics, parameters, 0.5)
+    covariance = COVARIANCES[type_]
+    shift = to_numpy(em.data.shift)
+    floor = 0.0 if exact else kernels.HALVES_LEAST / to_numpy(em.data.scale) ** 2
+    offsets = np.sqrt((after.means - shift) ** 2 + floor)
+    alive = after.weights > 0
+    kappa = covariance.kappa(after.covariances, after.precision_cholesky, offsets)
+    ratio = 1 + offsets**2 / covariance.variances(after.covariances)
+    # Limits that are just wide enough, times the factor; the device bounds kappa of matrices from above.
+    slack = d if covariance.has_matrices else 1
+    limits = dict(
+        most_kappa=slack * 1.01 * kappa.max(where=alive, initial=0),
+        most_ratio=1.01 * ratio.max(where=alive[:, None], initial=0),
+        least_weight=after.weights[alive].min(),
+    )
+    for name in limits:
+        limits[name] *= changes.get(name, 1 if name.startswith("most") else 0)
+    if "most_kappa" in changes:
+        limits["most_kappa"] /= slack * 1.02
+    form = Form("in question", kind, exact, has_kernels=True, **limits)
+    expected = choose((form, CENTRED), density_of(after, covariance), shift, floor, (parameters.weights, after.weights))
+    stop, bounds = tensor(np.zeros(2, dtype=np.int32)), tensor(np.zeros(2))
+    settings = kernels.Settings.of(em.data, tolerance=0.0, **limits)
+    decide(stop, bounds, settings, tensor([-100.0]), natural.shared.clone(), old, new, natural, 0)
+    is_left = expected[0] == (CENTRED,)
+    assert is_left == (bool(changes) and changes.get("least_weight") != 0.5 and not changes.get("empty"))
+    assert int(stop[1]) == (kernels.INEXACT if is_left else kernels.RUNNING)
 
 
 def engines(x, weight, type_, dtype, reg_covar=0.1):
