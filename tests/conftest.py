@@ -72,13 +72,16 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"GAUSSMIX_REQUIRE_BACKENDS names {missing}, which are not installed")
     for module, needed in (
         ("torch.py", {"torch"}),
-        ("_gpu.py", {"torch"}),
-        ("_triton.py", {"torch", "triton"}),
-        ("_dask.py", {"dask"}),
+        ("rows/_gpu.py", {"torch"}),
+        ("backends/_triton.py", {"torch", "triton"}),
+        ("rows/_dask.py", {"dask"}),
     ):
+        path = config.rootpath / "src/gaussmix" / module
+        if not path.exists():
+            raise pytest.UsageError(f"{path} is to be left out where {needed} are missing, but there is no such file")
         if not needed <= set(INSTALLED_BACKENDS):
             # Looking for examples imports it.
-            config.option.ignore = [*(config.option.ignore or []), str(config.rootpath / "src/gaussmix" / module)]
+            config.option.ignore = [*(config.option.ignore or []), str(path)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
