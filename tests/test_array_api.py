@@ -11,6 +11,7 @@ from conftest import INSTALLED, Library
 from gaussmix import GaussianMixture
 from gaussmix._arrays import array_namespace, to_numpy
 from gaussmix._covariance import COVARIANCES
+from gaussmix._guard import CENTRED
 from gaussmix._objective import MaximumLikelihood, density_of
 from gaussmix._parameters import Parameters, SufficientStatistics
 from gaussmix.backends import _array_api
@@ -61,6 +62,23 @@ def test_inference_equals_the_textbook(case, library):
     assert_close(to_numpy(proba).sum(axis=1), np.ones(len(case.x)), 1e-6 if case.dtype == "float32" else 1e-12)
     chosen = to_numpy(labels)
     assert np.all(expected[np.arange(len(chosen)), chosen] >= expected.max(axis=1) - 2 * tolerance)
+
+
+@pytest.mark.parametrize("far", [1e3, 1e6, 1e8, 1e10])
+@pytest.mark.parametrize("library", INSTALLED)
+def test_responsibilities_of_rows_far_from_all_components_add_to_one(covariance, library, far):
+    # Beside the large log-densities there, log 2, the logarithm of how many components are as likely, is lost.
+    library, near = Library(library), np.random.RandomState(0).normal(size=(40, 3))
+    x = np.concatenate([near, far * np.ones((7, 3))])
+    unit = np.broadcast_to(np.eye(3) if covariance.has_matrices else 1.0, covariance.shape(2, 3)).copy()
+    parameters = Parameters(np.full(2, 0.5), np.zeros((2, 3)), unit, unit)
+    rows = Rows(library.asarray(x))
+    on_rows = engine(rows, covariance)
+    density = density_of(parameters.moved(on_rows.rows.array, on_rows.rows.dtype), covariance)
+    assert_close(to_numpy(on_rows.responsibilities(density)).sum(axis=1), np.ones(len(x)), 1e-12)
+    block, density = _array_api.Block(rows), density_of(parameters.moved(rows.array, rows.dtype), covariance)
+    counts = to_numpy(block.expect(density, CENTRED).counts)
+    assert abs(counts.sum() - len(x)) <= 1e-12 * len(x)
 
 
 @given(cases(), libraries)

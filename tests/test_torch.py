@@ -93,6 +93,12 @@ class TestForward:
         far.means = near.means + 2.0**30
         assert torch.equal(near(x)[1], far(x + 2.0**30)[1])
 
+    def test_responsibilities_add_to_one_far_from_all_components(self, covariance):
+        model = model_of(covariance.name, 3, 2)
+        model.means, model.component_probs = 0 * model.means, torch.full((3,), 1 / 3, dtype=torch.float64)
+        log_responsibilities, _ = model(1e8 * torch.ones(2, 2, dtype=torch.float64))
+        assert_close(log_responsibilities.exp().sum(dim=1), np.ones(2), 1e-12)
+
     @pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 4), (2, 5, 3)])
     def test_data_of_another_shape(self, shape):
         with pytest.raises(ValueError, match=r"data has shape .*; this model takes \(n, 3\)"):

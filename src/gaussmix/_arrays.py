@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace as _namespace
 from array_api_compat import device, is_cupy_array, is_torch_array, to_device
+from array_api_compat import numpy as _numpy
 
 from gaussmix._typing import Array, DType
 
@@ -13,6 +14,8 @@ __all__ = ["array_namespace", "asarray_like", "device", "floating_dtype", "plain
 
 def array_namespace(x: Array) -> Any:
     """The array API namespace of an array's library."""
+    if type(x) is np.ndarray:  # what array_api_compat finds as well, but not before it has asked for all others
+        return _numpy
     if type(x).__module__ == "torch":
         # What array_api_compat caches, torch.compile looks through with a warning.
         from array_api_compat import torch

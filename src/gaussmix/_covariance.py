@@ -13,6 +13,7 @@ know.
 from abc import ABC, abstractmethod
 
 import numpy as np
+from scipy.linalg import get_lapack_funcs
 
 from gaussmix._arrays import array_namespace, device
 from gaussmix._typing import Array
@@ -170,8 +171,7 @@ class _Matrices(Covariance):
         return covariances + reg_covar * xp.eye(d, dtype=covariances.dtype, device=device(covariances))
 
     def precision_cholesky(self, covariances: Array) -> Array:
-        xp = array_namespace(covariances)
-        return xp.triu(xp.matrix_transpose(_inverse(_cholesky_or_nan(covariances))))
+        return _inverse(array_namespace(covariances).matrix_transpose(_cholesky_or_nan(covariances)))
 
     def covariances(self, precision_cholesky: Array) -> Array:
         xp = array_namespace(precision_cholesky)
@@ -473,15 +473,25 @@ def _cholesky_or_nan(matrices: Array) -> Array:
         return xp.stack([_cholesky_or_nan(matrices[i, ...]) for i in range(matrices.shape[0])])
     smallest = matrices.shape[-1] * float(xp.finfo(matrices.dtype).eps) * xp.linalg.diagonal(matrices)
     regular = xp.all(xp.linalg.diagonal(cholesky) ** 2 > smallest, axis=-1)
+    if bool(xp.all(regular)):
+        return cholesky
     return xp.where(regular[..., None, None], cholesky, xp.nan)
 
 
-def _inverse(triangular: Array) -> Array:
-    """Inverses of (..., d, d) matrices."""
-    xp = array_namespace(triangular)
-    eye = xp.eye(triangular.shape[-1], dtype=triangular.dtype, device=device(triangular))
-    # The standard has no triangular solve; this runs once an iteration on k small matrices.
-    return xp.linalg.solve(triangular, xp.broadcast_to(eye, triangular.shape))
+def _inverse(upper: Array) -> Array:
+    """Inverses of (..., d, d) upper triangular matrices."""
+    xp, d = array_namespace(upper), upper.shape[-1]
+    if isinstance(upper, np.ndarray):
+        inverses = np.empty(upper.shape, upper.dtype)
+        (trtri,) = get_lapack_funcs(("trtri",), (upper,))
+        for matrix, inverse in zip(upper.reshape(-1, d, d), inverses.reshape(-1, d, d), strict=True):
+            inverse[...], is_singular = trtri(matrix)
+            if is_singular:
+                inverse[...] = np.nan
+        return inverses
+    # The standard has no triangular solve.
+    eye = xp.eye(d, dtype=upper.dtype, device=device(upper))
+    return xp.triu(xp.linalg.solve(upper, xp.broadcast_to(eye, upper.shape)))
 
 
 def _symmetrized(matrices: Array) -> Array:

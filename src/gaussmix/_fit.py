@@ -168,7 +168,8 @@ class Plan:
             printed = _Printed(self.verbose, self.verbose_interval, index, done[-1] if done else self.previous)
             callbacks = [printed, *callbacks]
         if state is None:
-            parameters = self.start(on_rows, self.objective, random_state)
+            with on_rows.during_steps():
+                parameters = self.start(on_rows, self.objective, random_state)
             begun = EMResult(parameters, [], converged=False, form=on_rows.forms[0].precision)
         else:
             parameters = state.reached.parameters.moved(on_rows.rows.like, on_rows.rows.dtype)

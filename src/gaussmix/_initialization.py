@@ -104,7 +104,9 @@ def find_means(rows: Described, k: int, strategy: str, random_state: np.random.R
     if strategy != "kmeans":
         return seeds
     # The sample is in host memory, whatever library holds the data.
-    return lloyd(_numpy.in_memory(sample, COVARIANCES["spherical"]), seeds, tolerance=1e-4, max_iter=300).centroids
+    on_sample = _numpy.in_memory(sample, COVARIANCES["spherical"])
+    with on_sample.during_steps():
+        return lloyd(on_sample, seeds, tolerance=1e-4, max_iter=300).centroids
 
 
 def _seed_kmeans_plusplus(sample: Rows, k: int, random_state: np.random.RandomState) -> Array:

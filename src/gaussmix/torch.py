@@ -546,8 +546,7 @@ class GaussianMixtureModel(_Model):
         self._check(data, self.means.dtype)
         log_prob = log_normal(data, self.means, self.precisions_cholesky, self.config.covariance_type)
         weighted_log_prob = log_prob + self.component_probs.log()
-        log_evidence = torch.logsumexp(weighted_log_prob, dim=1)
-        return weighted_log_prob - log_evidence[:, None], log_evidence
+        return weighted_log_prob.log_softmax(dim=1), weighted_log_prob.logsumexp(dim=1)
 
     def sample(self, num_datapoints: int, generator: torch.Generator | None = None) -> Tensor:
         """Rows drawn from the mixture.

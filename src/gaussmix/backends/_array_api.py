@@ -35,14 +35,12 @@ def weighted_log_prob(x: Array, density: Density) -> Array:
 
 def log_evidence(x: Array, density: Density) -> Array:
     """Log-density of each row under the mixture: (n,)."""
-    return _log_sum_exp(weighted_log_prob(x, density))
+    return softmax(weighted_log_prob(x, density))[1]
 
 
 def responsibilities(x: Array, density: Density) -> Array:
     """Posterior probability of each component given the row: (n, k)."""
-    xp = array_namespace(x)
-    logits = weighted_log_prob(x, density)
-    return xp.matrix_transpose(xp.exp(logits - _log_sum_exp(logits)))
+    return array_namespace(x).matrix_transpose(softmax(weighted_log_prob(x, density))[0])
 
 
 def labels(x: Array, density: Density) -> Array:
@@ -54,12 +52,9 @@ def expect(x: Array, weight: Array | None, density: Density, precision: str) -> 
     """The E-step: statistics of these rows about the components' means."""
     xp = array_namespace(x)
     centred = _centred(x, density.means)
-    logits = _weighted_log_prob(centred, density)
-    evidence = _log_sum_exp(logits)
-    log_responsibilities = logits - evidence
-    # What would be subnormal is exactly zero: a component far from all rows then counts as empty and keeps its place.
-    floor = math.log(float(xp.finfo(x.dtype).smallest_normal))
-    r = xp.where(log_responsibilities > floor, xp.exp(log_responsibilities), 0)
+    r, evidence = softmax(_weighted_log_prob(centred, density))
+    # What is subnormal is exactly zero: a component far from all rows then counts as empty and keeps its place.
+    r = xp.where(r > float(xp.finfo(x.dtype).smallest_normal), r, 0)
     return _statistics(density.means, centred, r, weight, density.covariance, evidence, precision)
 
 
@@ -227,8 +222,12 @@ def _weighted_log_prob(centred: Array, density: Density) -> Array:
     return density.log_offsets[:, None] - 0.5 * mahalanobis
 
 
-def _log_sum_exp(weighted_log_prob: Array) -> Array:
-    """Log sum_k exp(...), about the largest term: (n,)."""
-    xp = array_namespace(weighted_log_prob)
-    largest = xp.max(weighted_log_prob, axis=0)
-    return largest + xp.log(xp.sum(xp.exp(weighted_log_prob - largest), axis=0))
+def softmax(logits: Array) -> tuple[Array, Array]:
+    """exp(logits) in parts of their sum over the components (k, n), and the logarithm of that sum (n,)."""
+    xp = array_namespace(logits)
+    largest = xp.max(logits, axis=0)
+    # Not exp(logits - log of the sum): beside a large logit, which a row far from all components has, that logarithm
+    # has lost its last digits, and the parts would not add up to 1.
+    parts = xp.exp(logits - largest)
+    total = xp.sum(parts, axis=0)
+    return parts / total, largest + xp.log(total)

@@ -26,7 +26,7 @@ from gaussmix._guard import CENTRED, Form, Forms
 from gaussmix._parameters import SufficientStatistics
 from gaussmix._threads import one_blas_thread, run
 from gaussmix._typing import Array
-from gaussmix.backends import _array_api, _pruning
+from gaussmix.backends import _array_api, _centred, _pruning
 from gaussmix.backends._engine import Engine
 from gaussmix.backends._features import QUADRATIC, natural_parameters
 from gaussmix.rows._data import Rows, slices
@@ -46,6 +46,10 @@ PRUNING_GAIN = 6
 PRUNING_SAMPLE = 256
 # Rows of a slab for each component, at least and enough: threads with shorter calls wait for Python.
 PRUNING_ROWS = (1024, 2048)
+# Rows x elements of a factor that are centred at once for a prediction: to choose a form would take longer.
+SMALL_PREDICTION = 2**12
+# With more features than this, to write them takes longer than to compute the centred form in float64.
+MOST_FEATURES = 2**13
 # Rows that are summed in float32 before the sum is added in float64.
 SUMMED_ROWS = 256
 # exp below it is subnormal, or about to be; such responsibilities are exactly zero.
@@ -107,7 +111,7 @@ class Block:
 
     def forms(self, covariance: Covariance) -> Forms:
         """The forms of the E-step, the fastest first, the most exact last."""
-        return forms_for(self._dtype)
+        return (CENTRED,) if self._n_features(covariance) > MOST_FEATURES else forms_for(self._dtype)
 
     def floor(self) -> None:
         """Rows have all the digits of their dtype."""
@@ -152,8 +156,8 @@ class Block:
             return pruned
         k, width = len(density.means), self._n_features(density.covariance)
         if form.features == "centred":
-            parts = self._run(lambda slab: self._centred_statistics(slab, density), k, width)
-            return reduce(add, (part for part in parts if part is not None))
+            parts = self._run(lambda slab: _centred.expect(self.rows.array[slab], self._weight(slab), density), k, width)
+            return reduce(add, parts)
         if self._kept_for != (form.precision, density.covariance.name):
             self._kept, self._kept_for = {}, (form.precision, density.covariance.name)
         shift = self.shift
@@ -183,7 +187,7 @@ class Block:
             return None
         bounds = _pruning.Bounds.of_density(density, shift)
         sample = np.asarray(self.rows.array[:: max(1, n // PRUNING_SAMPLE)][:PRUNING_SAMPLE])
-        largest = _array_api.weighted_log_prob(sample.astype(np.float64), density).max(axis=0)
+        largest = _centred.logits(sample.astype(np.float64), density).max(axis=0)
         left = np.sum(bounds.of(sample) >= largest - _pruning.MARGIN, axis=0)
         return bounds if left.mean() <= most else None
 
@@ -208,21 +212,35 @@ class Block:
 
     def log_evidence(self, density: Density) -> Array:
         """Log-density of each row under the mixture: (n,)."""
-        return self._infer(density, _pruning.log_evidence, _array_api.log_evidence, _log_evidence, (), np.float64)
+        return self._infer(density, _pruning.log_evidence, _centred.log_evidence, _log_evidence, (), np.float64)
 
     def responsibilities(self, density: Density) -> Array:
         """Posterior probability of each component given the row: (n, k)."""
         shape = density.log_offsets.shape
         return self._infer(
-            density, _pruning.responsibilities, _array_api.responsibilities, _responsibilities, shape, self._dtype
+            density, _pruning.responsibilities, _centred.responsibilities, _responsibilities, shape, self._dtype
         )
 
     def labels(self, density: Density) -> Array:
         """The component of largest responsibility for each row: (n,)."""
-        return self._infer(density, _pruning.labels, _array_api.labels, _argmax, (), np.int64)
+        return self._infer(density, _pruning.labels, _centred.labels, _likeliest, (), np.int64)
 
-    @one_blas_thread()
     def _infer(
+        self,
+        density: Density,
+        pruned: Callable[[Array, Density, _pruning.Bounds, Array], None],
+        centred: Callable[[Array, Density], Array],
+        expanded: Callable[[Array, Array, Density], Array],
+        shape: tuple[int, ...],
+        dtype: Any,
+    ) -> Array:
+        if self.rows.shape[0] * max(density.means.size, density.precision_cholesky.size) <= SMALL_PREDICTION:
+            with np.errstate(over="ignore", invalid="ignore"):
+                return centred(self.rows.array, density).astype(dtype, copy=False)
+        with one_blas_thread():
+            return self._infer_in_slabs(density, pruned, centred, expanded, shape, dtype)
+
+    def _infer_in_slabs(
         self,
         density: Density,
         pruned: Callable[[Array, Density, _pruning.Bounds, Array], None],
@@ -259,18 +277,11 @@ class Block:
                         out[block] = expanded(product, phi[1 : 1 + self.rows.shape[1]], density)
                         continue
                 # Centred, or values that are too large to square in the dtype of the form.
-                for part in _within(block, max(1, _array_api.BLOCK_ELEMENTS // density.means.size)):
-                    out[part] = centred(self._read(part, np.dtype(np.float64)).T, density)
+                for part in _within(block, _centred.block_rows(density)):
+                    out[part] = centred(self.rows.array[part], density)
 
         self._run(infer, k, width)
         return out
-
-    def _centred_statistics(self, slab: slice, density: Density) -> SufficientStatistics | None:
-        """Statistics of a slab in the centred form; None where all its rows have weight 0."""
-        weight = self._weight(slab)
-        if weight is not None and not weight.any():
-            return None
-        return _array_api.Block(Rows(self.rows.array[slab], weight, self.rows.batch_size)).expect(density, CENTRED)
 
     def _scatter(self, covariance: Covariance) -> Array:
         """Weighted second moments of x - shift over all rows, for components that share one covariance."""
@@ -362,14 +373,14 @@ class Block:
         k, d = centroids.shape
         c = centroids - origin
         # |x|^2 is the same for every centroid.
-        factor = np.concatenate([-2 * c.T, np.sum(c * c, axis=1)[None]])
+        factor = np.concatenate([2 * c, -np.sum(c * c, axis=1)[:, None]], axis=1)
         size = int(np.clip(BLOCK_BYTES // (8 * (k + 2 * d)), *BLOCK_ROWS))
         size = min(size, self.rows.batch_size or size)
         buffer, products = np.ones((size, d + 1)), np.empty(size * k)
         for block in _within(slab, size):
             x = buffer[: block.stop - block.start]
             np.subtract(self.rows.array[block], origin, out=x[:, :d])
-            yield block, x, np.matmul(x, factor, out=_shaped(products, len(x), k)).argmin(axis=1)
+            yield block, x, _argmax(np.matmul(factor, x.T, out=_shaped(products, k, len(x))))
 
     def _weight(self, block: slice) -> Array | None:
         return None if self.rows.sample_weight is None else self.rows.sample_weight[block]
@@ -379,10 +390,13 @@ class Block:
         return np.asarray(self.rows.array[block]).astype(dtype, copy=False).T
 
     def _run(self, function: Callable[[slice], T], k: int, width: int, least_rows: int = BLOCK_ROWS[0]) -> list[T]:
-        """`function` of each slab, in order; slabs are as many as k x `width` products of each row are worth."""
-        n = self.rows.shape[0]
+        """`function` of each slab, in order; slabs are as many as k x `width` products of each row are worth.
+
+        Their sums take no more memory than the rows, or are two.
+        """
+        n, d = self.rows.shape
         work = 4 * n * (k + 8) * width
-        n_slabs = max(1, min(MOST_SLABS, work // SLAB_FLOPS, n // least_rows))
+        n_slabs = max(1, min(MOST_SLABS, work // SLAB_FLOPS, n // least_rows, max(2, n * d // (k * width))))
         return run(function, list(slices(n, -(-n // n_slabs))))
 
     def _run_grouped(self, function: Callable[[slice], T], k: int, width: int) -> list[T]:
@@ -430,11 +444,21 @@ class _Sums:
         return SufficientStatistics(origin, counts, first_moments, second_moments, log_likelihood, self.form.precision)
 
 
-def _argmax(logits: Array, x: Array, density: Density) -> Array:
-    # NumPy's argmax along the first axis takes several times as long.
-    k = len(logits)
-    ranks = np.arange(k, 0, -1, dtype=np.min_scalar_type(k))[:, None]
-    return k - ((logits == logits.max(axis=0)) * ranks).max(axis=0)
+def _argmax(values: Array) -> Array:
+    """The first of the largest of each column (k, b), in the smallest dtype that has room for it."""
+    # NumPy's argmax takes up to four times as long for short columns.
+    largest = values[0].copy()
+    is_larger = np.empty(len(largest), dtype=bool)
+    found = np.zeros(len(largest), dtype=np.min_scalar_type(len(values) - 1))
+    for i, row in enumerate(values[1:], start=1):
+        np.greater(row, largest, out=is_larger)
+        np.maximum(row, largest, out=largest)
+        np.maximum(found, is_larger * found.dtype.type(i), out=found)
+    return found
+
+
+def _likeliest(logits: Array, x: Array, density: Density) -> Array:
+    return _argmax(logits)
 
 
 def _log_evidence(logits: Array, x: Array, density: Density) -> Array:

@@ -10,17 +10,17 @@ left out: what they would add is smaller than rounding. For the rest x - mu_k is
 in float64, for many rows of a component at once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from gaussmix._covariance import Covariance
 from gaussmix._density import Density
-from gaussmix._guard import CENTRED
 from gaussmix._parameters import SufficientStatistics
 from gaussmix._typing import Array
 from gaussmix.backends._array_api import nearest
+from gaussmix.backends._centred import Sums, members
 from gaussmix.rows._data import slices
 
 # A responsibility below exp(-100) = 4e-44 is left out; a component whose count comes out below SMALLEST_COUNT might
@@ -83,7 +83,7 @@ def expect(
 
     `labels` (n,) is a component that each row is thought to belong to, any will do; it is left with the likeliest.
     """
-    sums = _Sums(density.means, density.covariance)
+    sums = Sums(density.means, density.covariance)
     for group in slices(len(rows), GROUP_ROWS):
         own_weight = None if weight is None else weight[group]
 
@@ -131,7 +131,7 @@ def assign(
     rows: Array, weight: Array | None, labels: Array, origin: Array, covariance: Covariance
 ) -> SufficientStatistics:
     """Statistics of `rows` (n, d) about `origin` (k, d), each row wholly in the component of its label."""
-    sums = _Sums(origin, covariance)
+    sums = Sums(origin, covariance)
     for group in slices(len(rows), GROUP_ROWS):
         own = np.arange(group.stop - group.start)
         sums.add(rows[group], own, labels[group], np.ones(len(own)) if weight is None else weight[group])
@@ -173,7 +173,7 @@ def _responsibilities(
     shift = bounds.shift.astype(rows.dtype)
     known = np.empty(len(rows))
     pairs = [(np.empty(0, dtype=np.int64), np.empty(0, dtype=labels.dtype))]
-    for k, places in _members(labels):
+    for k, places in members(labels):
         n_blocks = -(-len(places) // BLOCK_ROWS)
         for part in slices(len(places), -(-len(places) // n_blocks)):
             index = places[part]
@@ -192,7 +192,7 @@ def _responsibilities(
 
     index, components = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     values = np.empty(len(index))
-    for k, places in _members(components):
+    for k, places in members(components):
         values[places] = weighted_log_prob(k, rows[index[places]] - density.means[k])
     largest = known.copy()
     np.maximum.at(largest, index, values)
@@ -206,49 +206,3 @@ def _responsibilities(
     return _Responsibilities(
         largest + np.log(total), known / total, index, components, values / total[index], likeliest
     )
-
-
-class _Sums:
-    """Sums over rows that are grouped by component, about the components' means."""
-
-    def __init__(self, means: Array, covariance: Covariance) -> None:
-        k, d = means.shape
-        self.means, self.covariance = means, covariance
-        self.counts, self.first_moments = np.zeros(k), np.zeros((k, d))
-        self.second_moments = np.zeros(covariance.moments_shape(k, d))
-        self.log_likelihood = 0.0
-
-    def add(self, rows: Array, index: Array, components: Array, r: Array) -> None:
-        """Add the rows at `index`, with these responsibilities for these components."""
-        for k, places in _members(components):
-            self.add_centred(k, rows[index[places]] - self.means[k], r[places])
-
-    def add_centred(self, k: int, centred: Array, r: Array | None) -> None:
-        """Add rows (m, d) about the mean of a component, which are changed; None are responsibilities of 1."""
-        if r is None:
-            self.counts[k] += len(centred)
-            self.first_moments[k] += centred.sum(axis=0)
-        else:
-            self.counts[k] += r.sum()
-            self.first_moments[k] += r @ centred
-            centred *= np.sqrt(r)[:, None]
-        # The product of a matrix and its own transpose takes BLAS half the operations.
-        moments = self.covariance.second_moments(centred[None], centred[None])
-        if self.covariance.shares_moments:
-            self.second_moments += moments
-        else:
-            self.second_moments[k] += moments[0]
-
-    def statistics(self) -> SufficientStatistics:
-        """The sums by their names."""
-        moments = (self.counts, self.first_moments, self.second_moments)
-        return SufficientStatistics(self.means, *moments, np.asarray(self.log_likelihood), CENTRED.precision)
-
-
-def _members(labels: Array) -> Iterator[tuple[int, Array]]:
-    """Each label that occurs, with the places where it does."""
-    order = np.argsort(labels, kind="stable")
-    counts = np.bincount(labels) if len(labels) else np.zeros(0, dtype=np.int64)
-    stops = np.cumsum(counts)
-    for k in np.flatnonzero(counts):
-        yield int(k), order[stops[k] - counts[k] : stops[k]]
