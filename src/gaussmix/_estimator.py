@@ -552,13 +552,14 @@ def _with_covariances_that_hold(parameters: Parameters, covariance: Covariance) 
     dtype = working_dtype(means)
     if means.dtype == dtype:
         return parameters
-    exact = parameters.mapped(as_host).moved(as_host(means), dtype)
+    host = parameters.mapped(as_host)
+    exact = host.moved(host.means, working_dtype(host.means))
     derived = covariance.covariances(exact.precision_cholesky)
     xp = array_namespace(derived)
     # Rounding changes entries by eps times their size: a log-density at most by eps times this.
     kappa = covariance.kappa(derived, exact.precision_cholesky, 0 * exact.means)
-    is_lost = float(xp.finfo(means.dtype).eps) * float(xp.max(kappa)) > COVARIANCE_TOLERANCE
-    return replace(parameters, covariances=derived) if is_lost else parameters
+    is_lost = float(xp.finfo(host.means.dtype).eps) * float(xp.max(kappa)) > COVARIANCE_TOLERANCE
+    return replace(parameters, covariances=asarray_like(derived, means, dtype)) if is_lost else parameters
 
 
 class _Inference:
