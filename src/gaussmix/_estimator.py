@@ -113,7 +113,7 @@ class Mixture(DensityMixin, Persistent):
         Parameters
         ----------
         X : array-like of shape (n, d)
-            NumPy, CuPy or torch array, any other array of the array API standard, list or data frame. float32 stays
+            NumPy, torch, JAX or CuPy array, any other of the array API standard, list or data frame. float32 stays
             float32, half precision becomes float32, integers become float64; sums run in float64 in any case.
             Read block by block, anew in each pass (about three for the start, one an iteration), and never all in
             memory: `numpy.memmap`, `h5py.Dataset` and `zarr.Array`; a torch `Dataset` or `DataLoader`; any object that
