@@ -31,8 +31,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 LIBRARIES = ("numpy", "torch", "array_api_strict")
 INSTALLED = tuple(name for name in LIBRARIES if importlib.util.find_spec(name))
-# No array libraries, but backends that a run may require.
-BACKENDS = (*LIBRARIES, "triton", "lightning_fabric", "dask")
+# Not parametrised over, but a run may require them: test_host_arrays.py has jax.
+BACKENDS = (*LIBRARIES, "jax", "triton", "lightning_fabric", "dask")
 INSTALLED_BACKENDS = tuple(name for name in BACKENDS if importlib.util.find_spec(name))
 
 

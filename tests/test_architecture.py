@@ -19,7 +19,7 @@ from gaussmix.backends._dispatch import BACKENDS, engine
 from gaussmix.sklearn import GaussianMixture as SklearnMixture
 
 SOURCE = Path(gaussmix.__file__).parent
-HEAVY = ("torch", "triton", "cupy", "dask")
+HEAVY = ("torch", "triton", "cupy", "dask", "jax")
 
 
 def test_importing_loads_nothing_that_the_user_may_not_need():

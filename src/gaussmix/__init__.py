@@ -1,4 +1,4 @@
-"""Gaussian mixture models by EM on NumPy, CuPy and torch arrays."""
+"""Gaussian mixture models by EM on NumPy, torch, JAX and CuPy arrays."""
 
 import logging
 from typing import TYPE_CHECKING, Any

@@ -23,6 +23,7 @@ PACKAGES = (
     "cupy",
     "cupy-cuda12x",
     "cupy-cuda13x",
+    "jax",
     "array-api-strict",
 )
 

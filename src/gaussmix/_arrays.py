@@ -4,12 +4,33 @@ from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace as _namespace
-from array_api_compat import device, is_cupy_array, is_torch_array, to_device
+from array_api_compat import (
+    device,
+    is_array_api_obj,
+    is_array_api_strict_namespace,
+    is_cupy_array,
+    is_torch_array,
+    to_device,
+)
 from array_api_compat import numpy as _numpy
 
 from gaussmix._typing import Array, DType
 
-__all__ = ["array_namespace", "asarray_like", "device", "floating_dtype", "plain", "to_numpy", "working_dtype"]
+__all__ = [
+    "array_namespace",
+    "as_host",
+    "asarray_like",
+    "device",
+    "floating_dtype",
+    "integer_dtype",
+    "is_on_host",
+    "plain",
+    "to_numpy",
+    "working_dtype",
+]
+
+# DLPack's number for the memory of a CPU.
+DLPACK_CPU = 1
 
 
 def array_namespace(x: Array) -> Any:
@@ -31,8 +52,36 @@ def plain(x: Array) -> Array:
     return x.data if isinstance(x, np.ma.MaskedArray) and not np.ma.is_masked(x) else x
 
 
+def is_on_host(x: Array) -> bool:
+    """Whether an array of the standard is in host memory, where NumPy can read it, as DLPack says.
+
+    Not array_api_strict's, whose devices are played in host memory: it is there to test the code for all others.
+    """
+    if isinstance(x, np.ndarray):
+        return True
+    if is_torch_array(x):
+        return bool(x.device.type == "cpu")
+    if not is_array_api_obj(x):
+        return False
+    try:
+        kind, _ = x.__dlpack_device__()
+    except (AttributeError, BufferError):  # no DLPack, or nothing that it could export: an array in several parts
+        return False
+    return bool(kind == DLPACK_CPU and not is_array_api_strict_namespace(array_namespace(x)))
+
+
+def as_host(x: Array) -> Array:
+    """An array in host memory as NumPy's, of the same memory and maybe read-only; any other as it is."""
+    return to_numpy(x) if is_on_host(x) else x
+
+
 def to_numpy(x: Array) -> Array:
-    """A small array, or anything NumPy understands, on the host and in its own dtype; a view where one will do."""
+    """A small array, or anything NumPy understands, on the host and in its own dtype; a view where one will do.
+
+    It may be read-only.
+    """
+    if type(x) is np.ndarray:
+        return x
     if is_torch_array(x):
         x = plain(x).cpu()
         try:
@@ -41,6 +90,11 @@ def to_numpy(x: Array) -> Array:
             return x.float().numpy()
     if is_cupy_array(x):  # CuPy refuses implicit copies to the host
         return x.get()
+    if is_on_host(x) and not isinstance(x, np.ndarray):
+        try:
+            return np.from_dlpack(x)
+        except (BufferError, RuntimeError):  # a dtype that NumPy or DLPack does not have, such as bfloat16
+            return np.asarray(x)
     try:
         return np.asarray(x)
     except RuntimeError:  # an accelerator that has to be left first (array_api_strict's devices)
@@ -59,9 +113,20 @@ def asarray_like(value: Array, like: Array, dtype: DType | None = None) -> Array
 
 def working_dtype(x: Array) -> DType:
     """float64 wherever the device of `x` has it: EM then runs in float64 whatever the precision of the data."""
+    if isinstance(x, np.ndarray):
+        return np.dtype(np.float64)
     xp = array_namespace(x)
     dtypes = xp.__array_namespace_info__().dtypes(device=device(x), kind="real floating")
     return dtypes.get("float64", xp.float32)
+
+
+def integer_dtype(x: Array) -> DType:
+    """int64, the dtype of labels, wherever the device of `x` has it: without JAX's x64 it is int32."""
+    if isinstance(x, np.ndarray):
+        return np.dtype(np.int64)
+    xp = array_namespace(x)
+    dtypes = xp.__array_namespace_info__().dtypes(device=device(x), kind="signed integer")
+    return dtypes.get("int64", xp.int32)
 
 
 def floating_dtype(x: Array) -> DType:

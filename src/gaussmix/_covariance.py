@@ -145,7 +145,7 @@ class Covariance(ABC):
             return None
         xp = array_namespace(precision_cholesky)
         finite = xp.all(xp.reshape(xp.isfinite(precision_cholesky), (precision_cholesky.shape[0], -1)), axis=1)
-        return int(xp.argmin(xp.astype(finite, xp.int64)))
+        return int(xp.argmin(xp.astype(finite, xp.uint8)))
 
     @property
     def sklearn_name(self) -> str:

@@ -15,7 +15,15 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_is_fitted
 
-from gaussmix._arrays import array_namespace, asarray_like, floating_dtype, to_numpy, working_dtype
+from gaussmix._arrays import (
+    array_namespace,
+    as_host,
+    asarray_like,
+    floating_dtype,
+    integer_dtype,
+    to_numpy,
+    working_dtype,
+)
 from gaussmix._checks import check_callback, check_covariance_type, check_real, random_generator, validate_parameters
 from gaussmix._covariance import COVARIANCES, Covariance
 from gaussmix._density import Density
@@ -105,7 +113,7 @@ class Mixture(DensityMixin, Persistent):
         Parameters
         ----------
         X : array-like of shape (n, d)
-            NumPy, CuPy or torch array, any other array of the array API standard, list or data frame. float32 stays
+            NumPy, torch, JAX or CuPy array, any other of the array API standard, list or data frame. float32 stays
             float32, half precision becomes float32, integers become float64; sums run in float64 in any case.
             Read block by block, anew in each pass (about three for the start, one an iteration), and never all in
             memory: `numpy.memmap`, `h5py.Dataset` and `zarr.Array`; a torch `Dataset` or `DataLoader`; any object that
@@ -392,7 +400,7 @@ class Mixture(DensityMixin, Persistent):
         check_is_fitted(self, "means_")
         rows = validate_rows(self, X, reset=False, batch_size=self.batch_size, num_workers=self.num_workers)
         check_same_library(rows.like, self, self.means_, method)
-        density = density_of(self._parameters, self._covariance)
+        density = density_of(self._parameters.mapped(as_host), self._covariance)
         return _Inference(rows, density, engine(self._placement().placed(rows), self._covariance))
 
     def _told_to_fit(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -497,7 +505,8 @@ class Mixture(DensityMixin, Persistent):
                 f"{method} goes on from means of {self.means_.shape[1]} features, and the data has {rows.shape[1]}; "
                 f"pass data of the same features, or {START_ANEW}"
             )
-        moved = self._parameters.moved(rows.like, rows.dtype)
+        like = as_host(rows.like)
+        moved = self._parameters.moved(like, working_dtype(like))
         # The factor is the truth: covariances of a narrower dtype are rounded once more.
         return replace(moved, covariances=self._covariance.covariances(moved.precision_cholesky))
 
@@ -543,13 +552,14 @@ def _with_covariances_that_hold(parameters: Parameters, covariance: Covariance) 
     dtype = working_dtype(means)
     if means.dtype == dtype:
         return parameters
-    exact = parameters.moved(means, dtype)
+    host = parameters.mapped(as_host)
+    exact = host.moved(host.means, working_dtype(host.means))
     derived = covariance.covariances(exact.precision_cholesky)
-    xp = array_namespace(means)
+    xp = array_namespace(derived)
     # Rounding changes entries by eps times their size: a log-density at most by eps times this.
     kappa = covariance.kappa(derived, exact.precision_cholesky, 0 * exact.means)
-    is_lost = float(xp.finfo(means.dtype).eps) * float(xp.max(kappa)) > COVARIANCE_TOLERANCE
-    return replace(parameters, covariances=derived) if is_lost else parameters
+    is_lost = float(xp.finfo(host.means.dtype).eps) * float(xp.max(kappa)) > COVARIANCE_TOLERANCE
+    return replace(parameters, covariances=asarray_like(derived, means, dtype)) if is_lost else parameters
 
 
 class _Inference:
@@ -562,7 +572,7 @@ class _Inference:
 
     def labels(self) -> Array:
         labels = self._engine.labels(self._density)
-        return asarray_like(labels, self._like, array_namespace(self._like).int64)
+        return asarray_like(labels, self._like, integer_dtype(self._like))
 
     def responsibilities(self) -> Array:
         return asarray_like(self._engine.responsibilities(self._density), self._like, self._dtype)

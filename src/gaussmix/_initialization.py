@@ -177,7 +177,7 @@ def _update(on_rows: Engine, centroids: Array, middle: Array) -> Array:
     counts, sums = on_rows.sums(centroids, middle)
     empty = counts == 0
     moved = xp.where(empty[:, None], centroids, middle + sums / xp.where(empty, 1, counts)[:, None])
-    n_empty = int(xp.sum(xp.astype(empty, xp.int64)))
+    n_empty = int(np.count_nonzero(to_numpy(empty)))
     return _reseeded(on_rows, moved, empty, n_empty) if n_empty else moved
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from gaussmix._arrays import array_namespace, asarray_like, floating_dtype, to_numpy
+from gaussmix._arrays import asarray_like, floating_dtype, integer_dtype, to_numpy
 from gaussmix._checks import check_integer, check_option, check_real, random_generator
 from gaussmix._em import progress_bar
 from gaussmix._initialization import (
@@ -170,7 +170,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
         rows = self._rows(X, "predict")
         on_rows = clusters(self._placement().placed(rows))
         labels = on_rows.nearest(self._centroids(on_rows))
-        return asarray_like(labels, rows.like, array_namespace(rows.like).int64)
+        return asarray_like(labels, rows.like, integer_dtype(rows.like))
 
     @takes_data
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Array:
@@ -194,8 +194,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
             In the units, the library, on the device and in the dtype of X.
         """
         rows = self._rows(X, "transform")
-        placed = self._placement().placed(rows)
-        found = distances(placed, asarray_like(self.centroids_, placed.like, placed.dtype))
+        found = distances(self._placement().placed(rows), self.centroids_)
         return asarray_like(found, rows.like, floating_dtype(rows.like))
 
     @takes_data

@@ -10,7 +10,7 @@ from sklearn.mixture import GaussianMixture as Reference
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from gaussmix._arrays import array_namespace, asarray_like, working_dtype
+from gaussmix._arrays import array_namespace, as_host, asarray_like, integer_dtype, working_dtype
 from gaussmix._checks import validate_array, validate_mixture_weights, validate_precisions
 from gaussmix._covariance import COVARIANCES
 from gaussmix._estimator import Mixture
@@ -276,10 +276,9 @@ class GaussianMixture(Mixture):
         if n_samples < 1:
             raise ValueError(f"Invalid value for 'n_samples': {n_samples} . The sampling requires at least one sample.")
         rows, labels = self._draw(int(n_samples))
-        xp = array_namespace(self.means_)
         return (
             asarray_like(rows, self.means_, working_dtype(self.means_)),
-            asarray_like(labels, self.means_, xp.int64),
+            asarray_like(labels, self.means_, integer_dtype(self.means_)),
         )
 
     @numpy_defaults
@@ -410,5 +409,5 @@ class GaussianMixture(Mixture):
         """Log-likelihood of all rows, and their number."""
         if is_dask_array(X):
             return sum_of_blocks(self, "score", X)
-        evidence = self.score_samples(X)
+        evidence = as_host(self.score_samples(X))
         return float(array_namespace(evidence).sum(evidence, dtype=working_dtype(evidence))), evidence.shape[0]

@@ -112,7 +112,7 @@ class Block:
     def __init__(self, rows: Rows, middle: Array | None = None) -> None:
         self.rows, self._middle = rows, middle
         xp = array_namespace(rows.array)
-        self.backend = f"array_api:{xp.__name__.rpartition('.')[2]}"
+        self.backend = f"array_api:{xp.__name__.removeprefix('array_api_compat.').partition('.')[0]}"
         self._form = CENTRED if working_dtype(rows.array) == xp.float64 else Form("centred-float32", exact=False)
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 
 from array_api_compat import is_cupy_array, is_torch_array
 
-from gaussmix._arrays import to_numpy
+from gaussmix._arrays import as_host, asarray_like, to_numpy
 from gaussmix._covariance import COVARIANCES, Covariance
 from gaussmix._typing import Array
 from gaussmix.backends import _array_api, _numpy
@@ -83,7 +83,14 @@ def _in_blocks(rows: Stream, make: Callable[[Rows], Block]) -> Passes:
 
 def distances(rows: Rows | Stream, centroids: Array) -> Array:
     """Distance of each row to each centroid: (n, k)."""
-    passes = InMemory(_array_api.Block(rows)) if isinstance(rows, Rows) else InBlocks(rows, _array_api.Block)
+    passes: Passes
+    if isinstance(rows, Rows):
+        rows = Rows(as_host(rows.array), batch_size=rows.batch_size)
+        passes = InMemory(_array_api.Block(rows))
+    else:
+        rows = rows.mapped(as_host)
+        passes = InBlocks(rows, _array_api.Block)
+    centroids = asarray_like(centroids, rows.like, rows.dtype)
     return passes.map(partial(_array_api.distances, centroids=centroids))
 
 

@@ -1,4 +1,4 @@
-"""EM, inference and k-means on the CPU, for NumPy arrays and torch tensors in host memory (shared, not copied).
+"""EM, inference and k-means on the CPU, for arrays of any library in host memory (shared, not copied).
 
 An EM iteration is two matrix products with features (`_features`) around a softmax. Rows are taken in blocks that stay
 in the cache, with points on the contiguous axis: phi (F, b), logits (k, b). Blocks form slabs, fixed by shape, which
@@ -15,11 +15,11 @@ from operator import add
 from typing import Any, TypeVar
 
 import numpy as np
-from array_api_compat import is_numpy_array, is_torch_array
+from array_api_compat import is_torch_array
 from scipy.sparse import csc_array
 
 from gaussmix import _guard
-from gaussmix._arrays import to_numpy
+from gaussmix._arrays import asarray_like, is_on_host, to_numpy
 from gaussmix._covariance import Covariance
 from gaussmix._density import Density
 from gaussmix._guard import CENTRED, Form, Forms
@@ -60,11 +60,11 @@ T = TypeVar("T")
 
 def why_not(x: Array) -> str | None:
     """The reason why rows of `x` can not be computed here; None if they can."""
-    if is_numpy_array(x):
+    if is_on_host(x):
         return None
     if is_torch_array(x):
-        return None if x.device.type == "cpu" else f"the tensor is on {x.device}, not in host memory"
-    return f"{type(x).__module__}.{type(x).__qualname__} is neither a NumPy array nor a torch tensor"
+        return f"the tensor is on {x.device}, not in host memory"
+    return f"{type(x).__module__}.{type(x).__qualname__} is no array in host memory, as DLPack has it"
 
 
 @cache
@@ -98,8 +98,9 @@ class Block:
     hints: Array | None = None  # the component nearest to each row, as far as it is known
 
     def __init__(self, rows: Rows, middle: Array | None = None) -> None:
-        weight = rows.sample_weight
-        self.rows = Rows(to_numpy(rows.array), None if weight is None else to_numpy(weight), rows.batch_size)
+        array, weight = to_numpy(rows.array), rows.sample_weight
+        weight = None if weight is None else asarray_like(weight, array, np.float64)
+        self.rows = Rows(array, weight, rows.batch_size)
         self._dtype = np.dtype(np.float32 if self.rows.array.dtype == np.float32 else np.float64)
         # With a middle that is given, it is a block of a data set, which is not seen again.
         self._middle = middle

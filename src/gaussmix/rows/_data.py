@@ -9,7 +9,7 @@ import numpy as np
 from array_api_compat import is_cupy_array, is_torch_array
 from sklearn.utils.random import sample_without_replacement
 
-from gaussmix._arrays import array_namespace, asarray_like, device, floating_dtype, to_numpy, working_dtype
+from gaussmix._arrays import array_namespace, as_host, asarray_like, device, floating_dtype, to_numpy, working_dtype
 from gaussmix._typing import Array, DType
 
 Mapping = Callable[[Callable[[Array], Array], Iterable[Array]], Iterable[Array]]
@@ -183,12 +183,11 @@ class Rows:
 
     def take(self, indices: Array) -> Array:
         """The rows of these increasing `indices`, in float64 on the host: (m, d)."""
-        xp = array_namespace(self.array)
-        if len(indices) == self.shape[0]:
-            rows = self.array
-        else:
-            rows = xp.take(self.array, xp.asarray(indices, device=device(self.array)), axis=0)
-        return to_numpy(xp.astype(rows, self.dtype, copy=False)).astype(np.float64, copy=False)
+        rows = as_host(self.array)
+        xp = array_namespace(rows)
+        if len(indices) != self.shape[0]:
+            rows = xp.take(rows, xp.asarray(indices, device=device(rows)), axis=0)
+        return to_numpy(xp.astype(rows, working_dtype(rows), copy=False)).astype(np.float64, copy=False)
 
     def average(self, values: Array) -> float:
         """Weighted mean of a value for each row (n,)."""

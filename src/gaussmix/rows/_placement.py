@@ -7,10 +7,9 @@ from functools import partial
 from importlib.util import find_spec
 from typing import overload
 
-import numpy as np
-from array_api_compat import is_cupy_array, is_torch_array
+from array_api_compat import is_torch_array
 
-from gaussmix._arrays import array_namespace
+from gaussmix._arrays import array_namespace, is_on_host, to_numpy
 from gaussmix._typing import Array
 from gaussmix.rows._data import Rows, Stream
 from gaussmix.rows._processes import Share
@@ -42,7 +41,7 @@ class Placement:
         some = rows.like[: min(1, rows.like.shape[0]), :]
         if self._place(some) is some:
             return rows
-        if self.device in (None, "cpu") or not _is_on_host(some):
+        if self.device in (None, "cpu") or not is_on_host(some):
             return rows.mapped(self._place)
         # Imports torch, which only those who ask for a GPU pay for.
         from gaussmix.rows import _gpu
@@ -95,16 +94,12 @@ def _n_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _is_on_host(x: Array) -> bool:
-    return isinstance(x, np.ndarray) or (is_torch_array(x) and x.device.type == "cpu")
-
-
 def _moved(x: Array, where: str) -> Array:
-    """The array on this device: a torch tensor on a GPU, and in host memory a tensor or a NumPy array."""
+    """The array on this device: a torch tensor on a GPU, and in host memory what is there or a NumPy array."""
     if is_torch_array(x):
         return x.to(where, non_blocking=where != "cpu")
     if where == "cpu":
-        return x.get() if is_cupy_array(x) else x
+        return x if is_on_host(x) else to_numpy(x)
     # Imports torch, which only those who ask for a GPU pay for.
     from gaussmix.rows import _gpu
 

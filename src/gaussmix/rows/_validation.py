@@ -11,7 +11,7 @@ from array_api_compat import is_array_api_obj, is_dask_array
 from sklearn import get_config
 from sklearn.utils.validation import validate_data
 
-from gaussmix._arrays import array_namespace, asarray_like, device, floating_dtype, to_numpy, working_dtype
+from gaussmix._arrays import array_namespace, as_host, asarray_like, device, floating_dtype, to_numpy, working_dtype
 from gaussmix._checks import FLATTEN, check_integer, dense, remedied
 from gaussmix._typing import Array
 from gaussmix.rows._blocks import Blocks, readable
@@ -86,13 +86,13 @@ def _validate_stream(estimator: Any, blocks: Blocks, reset: bool, min_rows: int,
     weight = None
     for number, block in enumerate(blocks.ahead(blocks.raw())):
         x = _validate_array(block)
-        xp = array_namespace(x)
         if like is None:
             # A copy: a view would keep the whole block.
-            like = xp.astype(x[: min(KEPT_ROWS, x.shape[0]), :], floating_dtype(x), copy=True)
+            like = array_namespace(x).astype(x[: min(KEPT_ROWS, x.shape[0]), :], floating_dtype(x), copy=True)
             if sample_weight is not None:
-                weight = validate_weights(sample_weight, None, like, may_be_zero=min_rows == 0)
-        x = _as_first(x, like, number, n)
+                weight = validate_weights(sample_weight, None, as_host(like), may_be_zero=min_rows == 0)
+        x = as_host(_as_first(x, like, number, n))
+        xp = array_namespace(x)
         if x.shape[1]:
             check_finite(x, first_row=n)
         part = slice(n, n + x.shape[0])
@@ -115,13 +115,16 @@ def _validate_stream(estimator: Any, blocks: Blocks, reset: bool, min_rows: int,
     if weight is not None and weight.shape != (n,):
         raise ValueError(f"sample_weight has shape {tuple(weight.shape)}; pass one weight for each of the {n} rows")
     total = n if weight is None else float(array_namespace(weight).sum(weight))
-    middle = sum(totals[1:], totals[0]) / (total or 1)
+    middle, own_weight = (
+        None if value is None else asarray_like(value, like, working_dtype(like))
+        for value in (sum(totals[1:], totals[0]) / (total or 1), weight)
+    )
     seen %= 2**64
 
     def read() -> Iterator[Array]:
         return blocks.ahead(_again(blocks, like, n, weight, seen))
 
-    return Stream(read, (n, like.shape[1]), like, middle, lambda: seen, weight)
+    return Stream(read, (n, like.shape[1]), like, middle, lambda: seen, own_weight)
 
 
 def _again(blocks: Blocks, like: Array, n: int, weight: Array | None, seen: int) -> Iterator[Array]:
@@ -265,9 +268,11 @@ def _check_shape(estimator: Any, n: int, d: int, reset: bool, min_rows: int) -> 
 
 def check_finite(X: Array, first_row: int = 0) -> None:
     """Raise ValueError for NaN, infinity and values whose squares would leave the range of the working precision."""
+    is_narrow = working_dtype(X) != array_namespace(X).float64
+    X = as_host(X)
     xp = array_namespace(X)
     # Squares, and sums of them where they are computed in X's own precision, have room up to here.
-    room = 1e12 if working_dtype(X) != xp.float64 else 1e18 if X.dtype == xp.float32 else 1e100
+    room = 1e12 if is_narrow else 1e18 if X.dtype == xp.float32 else 1e100
     for rows in slices(X.shape[0], max(1, BLOCK_ELEMENTS // X.shape[1])):
         block = xp.asarray(X[rows, :])
         if not xp.isdtype(block.dtype, "real floating"):
@@ -277,7 +282,7 @@ def check_finite(X: Array, first_row: int = 0) -> None:
         if float(xp.max(block)) <= limit and float(xp.min(block)) >= -limit:
             continue
         bad = xp.any(~(xp.abs(block) <= limit), axis=1)
-        index = int(xp.argmax(xp.astype(bad, xp.int64)))
+        index = int(xp.argmax(xp.astype(bad, xp.uint8)))
         row, values = first_row + rows.start + index, to_numpy(block[index, :]).astype(np.float64)
         worst = values[~(np.abs(values) <= limit)][0]
         if np.isnan(worst):
