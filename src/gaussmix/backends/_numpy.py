@@ -157,7 +157,9 @@ class Block:
             return pruned
         k, width = len(density.means), self._n_features(density.covariance)
         if form.features == "centred":
-            parts = self._run(lambda slab: _centred.expect(self.rows.array[slab], self._weight(slab), density), k, width)
+            parts = self._run(
+                lambda slab: _centred.expect(self.rows.array[slab], self._weight(slab), density), k, width
+            )
             return reduce(add, parts)
         if self._kept_for != (form.precision, density.covariance.name):
             self._kept, self._kept_for = {}, (form.precision, density.covariance.name)
