@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_info
-
-from gaussmix import _threads
 
 PACKAGES = ("gaussmix", "numpy", "scipy", "scikit-learn", "scikit-learn-intelex", "torch", "torchgmm", "tgmm")
 
 
 def machine() -> dict[str, Any]:
     """What ran, and on what."""
+    from threadpoolctl import threadpool_info
+
+    from gaussmix import _threads
+
     with _threads.one_blas_thread() as threads:
         pass
     versions = {}
