@@ -59,6 +59,7 @@ def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
 
 def fits(fit: Callable[[int], Any], n_iter: Callable[[Any], int], more: int) -> tuple[dict[str, Any], Any]:
     """Seconds of a fit of few and of many iterations, how many more those are, and the longer fit."""
+    fit(1)  # the first one starts threads and touches the data
     few, one = timed(fit, 1)
     many, found = timed(fit, 1 + more)
     more = n_iter(found) - n_iter(one)
