@@ -38,8 +38,8 @@ check: $(FULL)/.installed-test            ## formatting, lint, types and the dir
 	$(FULL)/mypy
 	PYTHONPATH=src:kernels $(FULL)/lint-imports
 
-bench: $(BENCH)/.installed-bench            ## every benchmark against scikit-learn, torchgmm and tgmm; rewrites the snapshot
-	$(BENCH)/python benchmarks/run.py --output benchmarks/snapshots/cpu.json
+bench: $(BENCH)/.installed-bench            ## every benchmark against scikit-learn, oneDAL, torchgmm and tgmm, some hours; rewrites the snapshot
+	$(BENCH)/python benchmarks/run.py --output benchmarks/snapshots/cpu.json $(ARGS)
 
 bench-quick: $(FULL)/.installed-test            ## small cases, compared with the committed snapshot
 	$(FULL)/python benchmarks/run.py --quick

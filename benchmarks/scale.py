@@ -596,7 +596,7 @@ def write(path: Path, n: int, d: int, k: int) -> None:
 
 def machine() -> dict[str, Any]:
     """What runs, and on what."""
-    from run import machine as of_cpu
+    from machine import machine as of_cpu
 
     def answer(*command: str) -> str:
         try:
