@@ -103,8 +103,10 @@ def to_numpy(x: Array) -> Array:
 
 def asarray_like(value: Array, like: Array, dtype: DType | None = None) -> Array:
     """`value` in the library and on the device of `like`, and in its dtype unless another is named."""
-    xp = array_namespace(like)
     dtype = like.dtype if dtype is None else dtype
+    if type(value) is type(like) is np.ndarray:
+        return value.astype(dtype, copy=False)
+    xp = array_namespace(like)
     if type(value) is type(like) and device(value) == device(like):
         return xp.astype(value, dtype, copy=False)
     # Straight to the target dtype: a device without float64 could not hold the value in between.

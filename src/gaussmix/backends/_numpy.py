@@ -38,6 +38,8 @@ BLOCK_BYTES = 2_200_000
 BLOCK_ROWS = (256, 8192)
 # Features of a small data set are kept from one iteration to the next, up to this many bytes.
 KEPT_BYTES = 2**26
+# A block's rows and products in k-means, which has less to do with each of them, take about this many.
+KMEANS_BYTES = 1_000_000
 # A slab is worth a thread from this many floating-point operations on; there are at most so many of them.
 SLAB_FLOPS = 10**8
 MOST_SLABS = 16
@@ -109,6 +111,9 @@ class Block:
         # Features of the blocks that begin in these rows, in one form and for one covariance type.
         self._kept: dict[int, Array] = {}
         self._kept_for: tuple[str, str] | None = None
+        # Rows about a point, by the block that they are of.
+        self._kept_centred: dict[tuple[int, int], Array] = {}
+        self._kept_origin: Array | None = None
 
     def forms(self, covariance: Covariance) -> Forms:
         """The forms of the E-step, the fastest first, the most exact last."""
@@ -347,10 +352,15 @@ class Block:
     def sums(self, centroids: Array, origin: Array) -> Array:
         """Sums of x - origin over the rows nearest to each centroid, with their weight as last column: (k, d + 1)."""
         k, d = centroids.shape
+        # About the same point once more: what is the same in each iteration is kept.
+        if origin is not self._kept_origin:
+            self._kept_origin, self._kept_centred = origin, {}
+        keeps = self._middle is None and self.rows.shape[0] * (d + 1) * 8 <= KEPT_BYTES
+        kept = self._kept_centred if keeps else None
 
         def sums(slab: slice) -> Array:
             total = np.zeros((k, d + 1))
-            for block, x, nearest in self._nearest(slab, centroids, origin):
+            for block, x, nearest in self._nearest(slab, centroids, origin, kept):
                 weight = self._weight(block)
                 weight = np.ones(len(x)) if weight is None else weight
                 total += csc_array((weight, nearest, np.arange(len(x) + 1)), shape=(k, len(x))) @ x
@@ -368,22 +378,30 @@ class Block:
         self._run(fill, len(centroids), 1 + self.rows.shape[1])
         return out
 
-    def _nearest(self, slab: slice, centroids: Array, origin: Array) -> Iterator[tuple[slice, Array, Array]]:
+    def _nearest(
+        self, slab: slice, centroids: Array, origin: Array, kept: dict[tuple[int, int], Array] | None = None
+    ) -> Iterator[tuple[slice, Array, Array]]:
         """Blocks of a slab: where they are, [x - origin, 1] (b, d + 1), the nearest of `centroids` to each row (b,).
 
-        The nearest is the first of equals. Products lose least about an `origin` in the middle of the centroids.
+        The nearest is the first of equals. Products lose least about an `origin` in the middle of the centroids. Rows
+        about it are looked up in `kept`, where it is given, and left there.
         """
         k, d = centroids.shape
         c = centroids - origin
         # |x|^2 is the same for every centroid.
-        factor = np.concatenate([2 * c, -np.sum(c * c, axis=1)[:, None]], axis=1)
-        size = int(np.clip(BLOCK_BYTES // (8 * (k + 2 * d)), *BLOCK_ROWS))
+        factor = np.concatenate([2 * c.T, -np.sum(c * c, axis=1)[None]])
+        size = int(np.clip(KMEANS_BYTES // (8 * (k + d)), *BLOCK_ROWS))
         size = min(size, self.rows.batch_size or size)
         buffer, products = np.ones((size, d + 1)), np.empty(size * k)
         for block in _within(slab, size):
-            x = buffer[: block.stop - block.start]
-            np.subtract(self.rows.array[block], origin, out=x[:, :d])
-            yield block, x, _argmax(np.matmul(factor, x.T, out=_shaped(products, k, len(x))))
+            at = (block.start, block.stop)
+            x = None if kept is None else kept.get(at)
+            if x is None:
+                x = buffer[: at[1] - at[0]] if kept is None else np.ones((at[1] - at[0], d + 1))
+                np.subtract(self.rows.array[block], origin, out=x[:, :d])
+                if kept is not None:
+                    kept[at] = x
+            yield block, x, _argmax(np.matmul(factor.T, x.T, out=_shaped(products, k, len(x))))
 
     def _weight(self, block: slice) -> Array | None:
         return None if self.rows.sample_weight is None else self.rows.sample_weight[block]
@@ -431,9 +449,15 @@ class _Sums:
         else:
             logits *= (weight / total).astype(logits.dtype)
             self.log_likelihood += float(evidence @ weight)
-        size = phi.shape[1] if self.form.exact else SUMMED_ROWS
-        for part in slices(phi.shape[1], size):
-            self.sums += np.matmul(phi[:, part], logits[:, part].T, out=self._product)
+        if self.form.exact:
+            self.sums += np.matmul(phi, logits.T, out=self._product)
+            return
+        # Short sums in float32, all of them in one call.
+        whole = phi.shape[1] // SUMMED_ROWS * SUMMED_ROWS
+        left, right = (_in_parts(values[:, :whole], SUMMED_ROWS) for values in (phi, logits))
+        self.sums += np.matmul(left, right.swapaxes(1, 2)).sum(axis=0, dtype=np.float64)
+        if whole < phi.shape[1]:
+            self.sums += np.matmul(phi[:, whole:], logits[:, whole:].T, out=self._product)
 
     def statistics(self, origin: Array) -> SufficientStatistics:
         """The sums by their names; second moments only of a covariance type that has quadratic features."""
@@ -498,6 +522,11 @@ def _softmax(logits: Array) -> tuple[Array, Array]:
 def _exp_of_floor(dtype: np.dtype[Any]) -> Any:
     """exp(floor) as the vectorised loop rounds it, which is not always as a scalar exp does."""
     return np.exp(np.full(BLOCK_ROWS[0], FLOOR[dtype], dtype=dtype))[0]
+
+
+def _in_parts(values: Array, size: int) -> Array:
+    """Columns (m, p size) as p groups of as many: (p, m, size), without a copy."""
+    return values.reshape(len(values), -1, size).swapaxes(0, 1)
 
 
 def _shaped(buffer: Array, *shape: int) -> Array:
