@@ -80,3 +80,14 @@ def test_what_is_not_positive_definite_has_no_factor(covariance, library):
     assert not np.all(np.isfinite(to_numpy(factor)))
     if not covariance.shares_moments:
         assert np.all(np.isfinite(to_numpy(factor)[:2]))
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_what_lies_below_the_diagonal_of_a_factor_is_nothing(covariance, library, unit):
+    # A factor that another library inverted has rounding there, in units of the precisions.
+    covariances = unit**2 * example(covariance, 3, 5)
+    factor = to_numpy(covariance.precision_cholesky(library.asarray(covariances)))
+    if covariance.has_matrices:
+        factor = factor + 1e-16 * np.abs(factor).max() * np.tril(np.ones((5, 5)), -1)
+    assert covariance.is_factor(library.asarray(factor))
+    assert_close(to_numpy(covariance.covariances(library.asarray(factor))) / unit**2, covariances / unit**2, 1e-12)

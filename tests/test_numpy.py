@@ -88,6 +88,32 @@ def test_every_form_takes_the_step_of_the_textbook(case, precision):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("n", "d", "k"), [(1, 127, 1), (300, 128, 3), (901, 135, 2), (700, 257, 2)])
+def test_many_features_are_computed_with_triangles(covariance, dtype, n, d, k, weighted):
+    x = (3 * np.random.RandomState(n).normal(size=(n + k, d))).astype(dtype)
+    weight = np.random.RandomState(0).randint(3, size=n + k) + 0.0 if weighted else None
+    parameters = parameters_for(x, k, covariance)
+    fast, exact = (OnRows(module, Rows(x, weight), covariance) for module in (_numpy, _array_api))
+    if covariance.name == "full" and (d > 255 or (d > 127 and dtype == "float64")):
+        assert fast.form == _guard.CENTRED
+    fast.form = _guard.CENTRED
+    assert_close(fast.log_evidence(parameters), exact.log_evidence(parameters), 1e-5 if dtype == "float32" else 1e-11)
+    found, expected = (engine.expect(parameters) for engine in (fast, exact))
+    for name in ("counts", "first_moments", "second_moments", "log_likelihood"):
+        assert_close(getattr(found, name), getattr(expected, name), 1e-11, name)
+    for name in ("weights", "means", "covariances"):
+        steps = (fast.objective.maximize(statistics, parameters.means) for statistics in (found, expected))
+        assert_close(*(getattr(step, name) for step in steps), 1e-10, name)
+
+
+def test_probabilities_of_few_rows_lie_in_memory_as_those_of_many(covariance):
+    x = np.random.RandomState(0).normal(size=(5000, 2))
+    mixture = GaussianMixture(3, covariance_type=covariance.name, random_state=0).fit(x)
+    assert mixture.predict_proba(x[:3]).flags.c_contiguous
+    assert mixture.predict_proba(x).flags.c_contiguous
+
+
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
     ("n", "d", "k"), [(1, 1, 1), (7, 1, 3), (255, 5, 2), (257, 3, 17), (5000, 2, 5), (9001, 17, 3)]
 )

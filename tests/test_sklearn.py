@@ -229,7 +229,7 @@ def test_a_model_fitted_in_one_library_predicts_in_another(library, covariance):
     assert_close(to_numpy(proba), mixture.predict_proba(X), 1e-12)
 
 
-@pytest.mark.parametrize(("unit", "n"), [(1e-6, 3000), (1.0, 3000), (1e6, 3000), (1.0, 2**12)])
+@pytest.mark.parametrize(("unit", "n"), [(1e-6, 3000), (1.0, 3000), (1e6, 3000), (1.0, 2**13)])
 def test_an_integer_random_state_gives_scikit_learns_fit(covariance, unit, n):
     x = unit * blobs(n=n, d=3, k=4, seed=2, spread=2.0)
     settings = dict(covariance_type=covariance.name, reg_covar=1e-6 * unit**2, random_state=3)

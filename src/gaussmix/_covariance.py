@@ -485,9 +485,9 @@ def _inverse(upper: Array) -> Array:
         inverses = np.empty(upper.shape, upper.dtype)
         (trtri,) = get_lapack_funcs(("trtri",), (upper,))
         for matrix, inverse in zip(upper.reshape(-1, d, d), inverses.reshape(-1, d, d), strict=True):
-            inverse[...], is_singular = trtri(matrix)
-            if is_singular:
-                inverse[...] = np.nan
+            found, is_singular = trtri(matrix)
+            # Below the diagonal there is what the matrix had there: rounding, in its own units.
+            inverse[...] = np.nan if is_singular else np.triu(found)
         return inverses
     # The standard has no triangular solve.
     eye = xp.eye(d, dtype=upper.dtype, device=device(upper))

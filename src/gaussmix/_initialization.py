@@ -21,7 +21,7 @@ from gaussmix.backends._engine import Engine
 from gaussmix.rows._data import Described, Rows
 
 # Centroids of a sample of m rows have an inertia about k / m above those of all rows: under half a percent.
-SAMPLE_ROWS = 2**12
+SAMPLE_ROWS = 2**13
 SAMPLE_ROWS_PER_COMPONENT = 256
 
 # Standard deviations that a given mean may lie away from the rows that are nearest to it: variances about it lose twice

@@ -48,7 +48,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Tr
     num_clusters : int, default 1
         Number of clusters, k.
     init_strategy : {"kmeans++", "random"}, default "kmeans++"
-        Seeds by k-means++, or k rows drawn at random; from a sample of at most max(4096, 256 k) rows.
+        Seeds by k-means++, or k rows drawn at random; from a sample of at most max(8192, 256 k) rows.
     convergence_tolerance : float, default 1e-4
         Stops when the squared movement of the centroids, summed over them, is at most this times the mean variance of a
         feature: scikit-learn's rule, which does not depend on the units of the data.

@@ -54,7 +54,7 @@ class GaussianMixture(Mixture, Trained):
     init_strategy : {"kmeans", "kmeans++", "random", "random_from_data"}, default "kmeans"
         How EM starts: rows belong to the nearest centroid of k-means, the nearest seed of k-means++, or the nearest of
         k rows drawn at random; "random" draws the responsibilities of each row instead. k-means and its seeds see a
-        sample of at most max(4096, 256 k) rows.
+        sample of at most max(8192, 256 k) rows.
     init_means : array-like of shape (k, d), optional
         Means to start from, handled as if k-means had found them. A mean without rows keeps its place, with weight 0.
     convergence_tolerance : float, default 1e-3

@@ -66,7 +66,7 @@ class GaussianMixture(Mixture):
     init_params : {"kmeans", "k-means++", "random", "random_from_data"}, default "kmeans"
         How EM starts: rows belong to the nearest centroid of k-means, the nearest seed of k-means++, or the nearest of
         k rows drawn at random; "random" draws the responsibilities of each row instead. k-means and its seeds see a
-        sample of at most max(4096, 256 k) rows.
+        sample of at most max(8192, 256 k) rows.
     weights_init, means_init, precisions_init : array-like, optional
         Parts of the start: (k,), (k, d), and the shape of `precisions_`. `init_params` finds those that are not given;
         with means but without weights or precisions, rows belong to the nearest of those means, unless it is "random".

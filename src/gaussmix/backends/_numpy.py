@@ -4,7 +4,7 @@ An EM iteration is two matrix products with features (`_features`) around a soft
 in the cache, with points on the contiguous axis: phi (F, b), logits (k, b). Blocks form slabs, fixed by shape, which
 run on threads (`_threads`) and are added in order, in float64: the result does not depend on the number of threads.
 
-The forms are features in float32, features in float64, and centred rows in float64 (`_array_api`). Full covariances of
+The forms are features in float32, features in float64, and centred rows in float64 (`_centred`). Full covariances of
 separated components skip all that: `_pruning` computes few components of each row.
 """
 
@@ -38,7 +38,7 @@ BLOCK_BYTES = 2_200_000
 BLOCK_ROWS = (256, 8192)
 # Features of a small data set are kept from one iteration to the next, up to this many bytes.
 KEPT_BYTES = 2**26
-# A block's rows and products in k-means, which has less to do with each of them, take about this many.
+# The same for the rows and products of a block of k-means.
 KMEANS_BYTES = 1_000_000
 # A slab is worth a thread from this many floating-point operations on; there are at most so many of them.
 SLAB_FLOPS = 10**8
@@ -48,10 +48,11 @@ PRUNING_GAIN = 6
 PRUNING_SAMPLE = 256
 # Rows of a slab for each component, at least and enough: threads with shorter calls wait for Python.
 PRUNING_ROWS = (1024, 2048)
-# Rows x elements of a factor that are centred at once for a prediction: to choose a form would take longer.
+# A prediction with so few rows x elements of the factors is centred: choosing a form would take longer.
 SMALL_PREDICTION = 2**12
-# With more features than this, to write them takes longer than to compute the centred form in float64.
-MOST_FEATURES = 2**13
+# With more products than this a form in this dtype takes longer than the centred one: writing them does for few
+# components, and multiplying them in float64 for many.
+MOST_PRODUCTS = {_guard.FLOAT32: 2**15, _guard.FLOAT64: 2**13}
 # Rows that are summed in float32 before the sum is added in float64.
 SUMMED_ROWS = 256
 # exp below it is subnormal, or about to be; such responsibilities are exactly zero.
@@ -66,7 +67,7 @@ def why_not(x: Array) -> str | None:
         return None
     if is_torch_array(x):
         return f"the tensor is on {x.device}, not in host memory"
-    return f"{type(x).__module__}.{type(x).__qualname__} is no array in host memory, as DLPack has it"
+    return f"{type(x).__module__}.{type(x).__qualname__} is no array in host memory, or does not support DLPack"
 
 
 @cache
@@ -117,7 +118,11 @@ class Block:
 
     def forms(self, covariance: Covariance) -> Forms:
         """The forms of the E-step, the fastest first, the most exact last."""
-        return (CENTRED,) if self._n_features(covariance) > MOST_FEATURES else forms_for(self._dtype)
+        forms = forms_for(self._dtype)
+        if covariance.quadratic != "products":
+            return forms
+        n_products = QUADRATIC[covariance.quadratic].number(self.rows.shape[1])
+        return tuple(form for form in forms if form == CENTRED or n_products <= MOST_PRODUCTS[form.dtype])
 
     def floor(self) -> None:
         """Rows have all the digits of their dtype."""
@@ -143,7 +148,7 @@ class Block:
             rows = np.asarray(self.rows.array[slab])
             return _pruning.assign(rows, self._weight(slab), labels[slab], origin, covariance)
 
-        total = reduce(add, self._run(statistics, len(means), self._n_features(covariance)))
+        total = self._total(statistics, len(means), self._n_features(covariance))
         self.hints = labels
         return total
 
@@ -162,10 +167,9 @@ class Block:
             return pruned
         k, width = len(density.means), self._n_features(density.covariance)
         if form.features == "centred":
-            parts = self._run(
+            return self._total(
                 lambda slab: _centred.expect(self.rows.array[slab], self._weight(slab), density), k, width
             )
-            return reduce(add, parts)
         if self._kept_for != (form.precision, density.covariance.name):
             self._kept, self._kept_for = {}, (form.precision, density.covariance.name)
         shift = self.shift
@@ -177,7 +181,7 @@ class Block:
                 sums.soften(self._kept_features(block, sums.phi, density.covariance), natural, self._weight(block))
             return sums.statistics(shift)
 
-        total = reduce(add, self._run(statistics, k, width))
+        total = self._total(statistics, k, width)
         if not density.covariance.shares_moments:
             return total
         # The quadratic term that all components share cancels in the responsibilities; its sum is that of a trace.
@@ -215,7 +219,7 @@ class Block:
                 labels[slab] = bounds.guess(rows)
             return _pruning.expect(rows, self._weight(slab), labels[slab], density, bounds)
 
-        total = reduce(add, self._run_grouped(statistics, k, self._n_features(density.covariance)))
+        total = self._total(statistics, k, self._n_features(density.covariance), self._grouped_rows(k))
         return total if np.all(total.counts[density.is_alive] >= _pruning.SMALLEST_COUNT) else None
 
     def log_evidence(self, density: Density) -> Array:
@@ -244,7 +248,7 @@ class Block:
     ) -> Array:
         if self.rows.shape[0] * max(density.means.size, density.precision_cholesky.size) <= SMALL_PREDICTION:
             with np.errstate(over="ignore", invalid="ignore"):
-                return centred(self.rows.array, density).astype(dtype, copy=False)
+                return np.ascontiguousarray(centred(self.rows.array, density), dtype=dtype)
         with one_blas_thread():
             return self._infer_in_slabs(density, pruned, centred, expanded, shape, dtype)
 
@@ -268,7 +272,7 @@ class Block:
             def prune(slab: slice) -> None:
                 pruned(np.asarray(self.rows.array[slab]), density, bounds, out[slab])
 
-            self._run_grouped(prune, k, width)
+            self._run(prune, k, width, self._grouped_rows(k))
             return out
         form = _guard.choose(self.forms(covariance), density, shift)[0][0]
         natural = natural_parameters(density, shift).astype(form.dtype)
@@ -410,20 +414,36 @@ class Block:
         """Rows of a block as columns: (d, b)."""
         return np.asarray(self.rows.array[block]).astype(dtype, copy=False).T
 
-    def _run(self, function: Callable[[slice], T], k: int, width: int, least_rows: int = BLOCK_ROWS[0]) -> list[T]:
-        """`function` of each slab, in order; slabs are as many as k x `width` products of each row are worth.
-
-        Their sums take no more memory than the rows, or are two.
-        """
-        n, d = self.rows.shape
+    def _run(
+        self,
+        function: Callable[[slice], T],
+        k: int,
+        width: int,
+        least_rows: int = BLOCK_ROWS[0],
+        most_slabs: int = MOST_SLABS,
+    ) -> list[T]:
+        """`function` of each slab, in order; slabs are as many as k x `width` products of each row are worth."""
+        n = self.rows.shape[0]
         work = 4 * n * (k + 8) * width
-        n_slabs = max(1, min(MOST_SLABS, work // SLAB_FLOPS, n // least_rows, max(2, n * d // (k * width))))
+        n_slabs = max(1, min(most_slabs, work // SLAB_FLOPS, n // least_rows))
         return run(function, list(slices(n, -(-n // n_slabs))))
 
-    def _run_grouped(self, function: Callable[[slice], T], k: int, width: int) -> list[T]:
-        """`_run` in slabs that are long enough for matrix products of a component's rows; four where that is so."""
+    def _total(
+        self,
+        function: Callable[[slice], SufficientStatistics],
+        k: int,
+        width: int,
+        least_rows: int = BLOCK_ROWS[0],
+    ) -> SufficientStatistics:
+        """The sum of `function` over slabs, whose sums together are not larger than the rows, or are two."""
+        n, d = self.rows.shape
+        most_slabs = min(MOST_SLABS, max(2, n * d // (k * width)))
+        return reduce(add, self._run(function, k, width, least_rows, most_slabs))
+
+    def _grouped_rows(self, k: int) -> int:
+        """Rows of slabs that are long enough for matrix products of a component's rows; four where that is so."""
         least, enough = (rows * k for rows in PRUNING_ROWS)
-        return self._run(function, k, width, least_rows=max(least, min(enough, -(-self.rows.shape[0] // 4))))
+        return max(least, min(enough, -(-self.rows.shape[0] // 4)))
 
 
 class _Sums:
