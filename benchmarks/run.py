@@ -74,14 +74,14 @@ class Worker:
 class Bench:
     """The workers, and how often each is asked."""
 
-    def __init__(self, extent: str, threads: int) -> None:
+    def __init__(self, extent: str, threads: int, seconds: float) -> None:
         self.extent, self.threads = extent, threads
         self.libraries = [name for name, module in MODULES.items() if find_spec(module)]
         if extent == "quick":
             self.libraries = list(BOTH)
         self.workers = {library: Worker(library, threads) for library in self.libraries}
         self.rounds = {"all": ROUNDS, "quick": QUICK_ROUNDS, "dry": 1}[extent]
-        self.long = LONG if extent == "all" else QUICK_LONG
+        self.long = seconds if extent == "all" else QUICK_LONG
 
     def worker(self, library: str) -> Worker:
         """That of this library, started anew where it has ended."""
@@ -131,13 +131,15 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only cases with this in their label; the rest of --output stays")
     parser.add_argument("--table", type=Path, help="print the tables of this snapshot")
     parser.add_argument("--output", type=Path, help="where the snapshot goes")
+    parser.add_argument("--seconds", type=float, default=LONG, help="no further round of a cell begins after so many")
     parser.add_argument("--threads", type=int, default=cores(), help="threads of each library; by default all cores")
     arguments = parser.parse_args()
     if arguments.table:
         print(tables.markdown(json.loads(arguments.table.read_text())))
         return 0
     run = {"only": arguments.only, "date": time.strftime("%Y-%m-%d"), "commit": commit(), "load_before": load()}
-    bench = Bench("quick" if arguments.quick else "dry" if arguments.dry_run else "all", arguments.threads)
+    extent = "quick" if arguments.quick else "dry" if arguments.dry_run else "all"
+    bench = Bench(extent, arguments.threads, arguments.seconds)
     snapshot: dict[str, Any] = {"runs": [], "cells": {}}
     if arguments.only and arguments.output and arguments.output.exists():
         snapshot = json.loads(arguments.output.read_text())

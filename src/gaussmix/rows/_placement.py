@@ -7,9 +7,9 @@ from functools import partial
 from importlib.util import find_spec
 from typing import overload
 
-from array_api_compat import is_torch_array
+from array_api_compat import is_cupy_array, is_torch_array
 
-from gaussmix._arrays import array_namespace, is_on_host, to_numpy
+from gaussmix._arrays import array_namespace, is_on_host
 from gaussmix._typing import Array
 from gaussmix.rows._data import Rows, Stream
 from gaussmix.rows._processes import Share
@@ -95,11 +95,11 @@ def _n_gpus() -> int:
 
 
 def _moved(x: Array, where: str) -> Array:
-    """The array on this device: a torch tensor on a GPU, and in host memory what is there or a NumPy array."""
+    """The array on this device: a torch tensor on a GPU; CuPy's in host memory are NumPy's."""
     if is_torch_array(x):
         return x.to(where, non_blocking=where != "cpu")
     if where == "cpu":
-        return x if is_on_host(x) else to_numpy(x)
+        return x.get() if is_cupy_array(x) else x
     # Imports torch, which only those who ask for a GPU pay for.
     from gaussmix.rows import _gpu
 
