@@ -175,7 +175,8 @@ class _Matrices(Covariance):
 
     def covariances(self, precision_cholesky: Array) -> Array:
         xp = array_namespace(precision_cholesky)
-        inverse = _inverse(precision_cholesky)
+        # Below the diagonal there may be rounding, of a size that an inverse has not.
+        inverse = _inverse(xp.triu(precision_cholesky))
         return _symmetrized(xp.matmul(xp.matrix_transpose(inverse), inverse))
 
     def is_factor(self, precision_cholesky: Array) -> Array:
@@ -479,15 +480,15 @@ def _cholesky_or_nan(matrices: Array) -> Array:
 
 
 def _inverse(upper: Array) -> Array:
-    """Inverses of (..., d, d) upper triangular matrices."""
+    """Inverses of (..., d, d) upper triangular matrices, with nothing below the diagonal."""
     xp, d = array_namespace(upper), upper.shape[-1]
     if isinstance(upper, np.ndarray):
         inverses = np.empty(upper.shape, upper.dtype)
         (trtri,) = get_lapack_funcs(("trtri",), (upper,))
         for matrix, inverse in zip(upper.reshape(-1, d, d), inverses.reshape(-1, d, d), strict=True):
-            found, is_singular = trtri(matrix)
-            # Below the diagonal there is what the matrix had there: rounding, in its own units.
-            inverse[...] = np.nan if is_singular else np.triu(found)
+            inverse[...], is_singular = trtri(matrix)
+            if is_singular:
+                inverse[...] = np.nan
         return inverses
     # The standard has no triangular solve.
     eye = xp.eye(d, dtype=upper.dtype, device=device(upper))
