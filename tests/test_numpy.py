@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -104,6 +105,18 @@ def test_many_features_are_computed_with_triangles(covariance, dtype, n, d, k, w
     for name in ("weights", "means", "covariances"):
         steps = (fast.objective.maximize(statistics, parameters.means) for statistics in (found, expected))
         assert_close(*(getattr(step, name) for step in steps), 1e-10, name)
+
+
+@pytest.mark.parametrize("method", ["predict", "predict_proba", "score_samples"])
+def test_predictions_in_the_centred_form_make_no_features(method):
+    x = np.random.RandomState(0).normal(size=(1000, 600))
+    mixture = GaussianMixture(2, reg_covar=1.0, means_init=x[:2], max_iter=1).fit(x)
+    assert mixture.precision_ == "centred-float64"
+    tracemalloc.start()
+    getattr(mixture, method)(x)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * x.nbytes
 
 
 def test_probabilities_of_few_rows_lie_in_memory_as_those_of_many(covariance):

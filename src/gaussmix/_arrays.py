@@ -115,20 +115,21 @@ def asarray_like(value: Array, like: Array, dtype: DType | None = None) -> Array
 
 def working_dtype(x: Array) -> DType:
     """float64 wherever the device of `x` has it: EM then runs in float64 whatever the precision of the data."""
-    if isinstance(x, np.ndarray):
-        return np.dtype(np.float64)
-    xp = array_namespace(x)
-    dtypes = xp.__array_namespace_info__().dtypes(device=device(x), kind="real floating")
-    return dtypes.get("float64", xp.float32)
+    return _of_64_bits(x, "real floating", "float")
 
 
 def integer_dtype(x: Array) -> DType:
     """int64, the dtype of labels, wherever the device of `x` has it: without JAX's x64 it is int32."""
+    return _of_64_bits(x, "signed integer", "int")
+
+
+def _of_64_bits(x: Array, kind: str, name: str) -> DType:
+    """The dtype of this kind with 64 bits where the device of `x` has it, else the one with 32."""
     if isinstance(x, np.ndarray):
-        return np.dtype(np.int64)
+        return np.dtype(f"{name}64")
     xp = array_namespace(x)
-    dtypes = xp.__array_namespace_info__().dtypes(device=device(x), kind="signed integer")
-    return dtypes.get("int64", xp.int32)
+    dtypes = xp.__array_namespace_info__().dtypes(device=device(x), kind=kind)
+    return dtypes.get(f"{name}64", getattr(xp, f"{name}32"))
 
 
 def floating_dtype(x: Array) -> DType:

@@ -38,7 +38,7 @@ BLOCK_BYTES = 2_200_000
 BLOCK_ROWS = (256, 8192)
 # Features of a small data set are kept from one iteration to the next, up to this many bytes.
 KEPT_BYTES = 2**26
-# The same for the rows and products of a block of k-means.
+# Rows and products of a block of k-means take about this many bytes.
 KMEANS_BYTES = 1_000_000
 # A slab is worth a thread from this many floating-point operations on; there are at most so many of them.
 SLAB_FLOPS = 10**8
@@ -249,51 +249,45 @@ class Block:
         if self.rows.shape[0] * max(density.means.size, density.precision_cholesky.size) <= SMALL_PREDICTION:
             with np.errstate(over="ignore", invalid="ignore"):
                 return np.ascontiguousarray(centred(self.rows.array, density), dtype=dtype)
-        with one_blas_thread():
-            return self._infer_in_slabs(density, pruned, centred, expanded, shape, dtype)
-
-    def _infer_in_slabs(
-        self,
-        density: Density,
-        pruned: Callable[[Array, Density, _pruning.Bounds, Array], None],
-        centred: Callable[[Array, Density], Array],
-        expanded: Callable[[Array, Array, Density], Array],
-        shape: tuple[int, ...],
-        dtype: Any,
-    ) -> Array:
         k, covariance = len(density.means), density.covariance
         width = self._n_features(covariance)
         # With no more digits than the data.
         shift = density.middle.astype(self._dtype).astype(np.float64)
         out = np.empty((self.rows.shape[0], *shape), dtype=dtype)
-        bounds = self._bounds(density, shift)
-        if bounds is not None:
+        with one_blas_thread():
+            bounds = self._bounds(density, shift)
+            if bounds is not None:
 
-            def prune(slab: slice) -> None:
-                pruned(np.asarray(self.rows.array[slab]), density, bounds, out[slab])
+                def prune(slab: slice) -> None:
+                    pruned(np.asarray(self.rows.array[slab]), density, bounds, out[slab])
 
-            self._run(prune, k, width, self._grouped_rows(k))
-            return out
-        form = _guard.choose(self.forms(covariance), density, shift)[0][0]
-        natural = natural_parameters(density, shift).astype(form.dtype)
-        size = self._block_rows(k, covariance, form.dtype)
+                self._run(prune, k, width, self._grouped_rows(k))
+                return out
+            form = _guard.choose(self.forms(covariance), density, shift)[0][0]
 
-        def infer(slab: slice) -> None:
-            buffer = np.empty((width, size), dtype=form.dtype)
-            logits = np.empty(k * size, dtype=form.dtype)
-            for block in _within(slab, size):
-                if form.features == "expanded":
+            def centre(rows: slice) -> None:
+                for part in _within(rows, _centred.block_rows(density)):
+                    out[part] = centred(self.rows.array[part], density)
+
+            if form.features == "centred":
+                self._run(centre, k, width)
+                return out
+            natural = natural_parameters(density, shift).astype(form.dtype)
+            size = self._block_rows(k, covariance, form.dtype)
+
+            def infer(slab: slice) -> None:
+                buffer = np.empty((width, size), dtype=form.dtype)
+                logits = np.empty(k * size, dtype=form.dtype)
+                for block in _within(slab, size):
                     phi = self._features(block, shift, buffer[:, : block.stop - block.start], covariance)
                     product = np.matmul(natural, phi, out=_shaped(logits, k, phi.shape[1]))
                     if np.isfinite(product.sum()):
                         out[block] = expanded(product, phi[1 : 1 + self.rows.shape[1]], density)
-                        continue
-                # Centred, or values that are too large to square in the dtype of the form.
-                for part in _within(block, _centred.block_rows(density)):
-                    out[part] = centred(self.rows.array[part], density)
+                    else:  # values that are too large to square in the dtype of the form
+                        centre(block)
 
-        self._run(infer, k, width)
-        return out
+            self._run(infer, k, width)
+            return out
 
     def _scatter(self, covariance: Covariance) -> Array:
         """Weighted second moments of x - shift over all rows, for components that share one covariance."""
@@ -435,7 +429,7 @@ class Block:
         width: int,
         least_rows: int = BLOCK_ROWS[0],
     ) -> SufficientStatistics:
-        """The sum of `function` over slabs, whose sums together are not larger than the rows, or are two."""
+        """The sum of `function` over slabs: as many as leave their k x `width` sums no larger than the rows, or two."""
         n, d = self.rows.shape
         most_slabs = min(MOST_SLABS, max(2, n * d // (k * width)))
         return reduce(add, self._run(function, k, width, least_rows, most_slabs))
