@@ -15,7 +15,7 @@ demo: $(BASE)/.installed-demo            ## segment a photograph; writes segment
 	$(BASE)/python examples/segmentation.py
 
 test: $(FULL)/.installed-test            ## the test suite with every backend that a CPU can run
-	GAUSSMIX_REQUIRE_BACKENDS=torch,triton,lightning_fabric,dask,jax,array_api_strict $(FULL)/python $(PYTEST) -m "not big" $(ARGS)
+	GAUSSMIX_REQUIRE_BACKENDS=torch,triton,lightning_fabric,dask,jax,numba,array_api_strict $(FULL)/python $(PYTEST) -m "not big" $(ARGS)
 
 test-base: $(BASE)/.installed-test-base            ## the same suite where torch is not installed
 	GAUSSMIX_REQUIRE_BACKENDS=array_api_strict $(BASE)/python $(PYTEST) -m "not big" $(ARGS)

@@ -1,6 +1,7 @@
 """Fixtures: every array library that is here x every covariance type x both float dtypes."""
 
 import importlib.util
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
+from gaussmix.backends import _numpy
 
 if importlib.util.find_spec("torch") and importlib.util.find_spec("triton"):
     import torch
@@ -31,8 +33,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 LIBRARIES = ("numpy", "torch", "array_api_strict")
 INSTALLED = tuple(name for name in LIBRARIES if importlib.util.find_spec(name))
-# Not parametrised over, but a run may require them: test_host_arrays.py has jax.
-BACKENDS = (*LIBRARIES, "jax", "triton", "lightning_fabric", "dask")
+# Not parametrised over, but a run may require them: test_host_arrays.py has jax, `e_step` numba.
+BACKENDS = (*LIBRARIES, "jax", "numba", "triton", "lightning_fabric", "dask")
 INSTALLED_BACKENDS = tuple(name for name in BACKENDS if importlib.util.find_spec(name))
 
 
@@ -74,6 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
         ("torch.py", {"torch"}),
         ("rows/_gpu.py", {"torch"}),
         ("backends/_triton.py", {"torch", "triton"}),
+        ("backends/_compiled.py", {"numba"}),
         ("rows/_dask.py", {"dask"}),
     ):
         path = config.rootpath / "src/gaussmix" / module
@@ -112,6 +115,14 @@ def dtype(request):
 def implementation(request, monkeypatch):
     """The implementation of k-means that data in host memory is given to."""
     monkeypatch.setenv("GAUSSMIX_BACKEND", request.param)
+
+
+@pytest.fixture(params=["numpy", "compiled"])
+def e_step(request, monkeypatch):
+    """What computes features in host memory, for data of any size."""
+    if request.param == "compiled" and "numba" not in INSTALLED_BACKENDS:
+        pytest.skip("numba is not installed")
+    monkeypatch.setattr(_numpy, "COMPILED_FLOPS", 0 if request.param == "compiled" else math.inf)
 
 
 @pytest.fixture

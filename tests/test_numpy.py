@@ -62,6 +62,7 @@ def with_form(rows, covariance, precision):
     return OnRows(_numpy, rows, covariance, 1e-3, FORMS[precision])
 
 
+@pytest.mark.usefixtures("e_step")
 @given(cases(min_extra=4), st.sampled_from(sorted(FORMS)))
 def test_every_form_takes_the_step_of_the_textbook(case, precision):
     covariance = COVARIANCES[case.covariance_type]
@@ -126,6 +127,7 @@ def test_probabilities_of_few_rows_lie_in_memory_as_those_of_many(covariance):
     assert mixture.predict_proba(x).flags.c_contiguous
 
 
+@pytest.mark.usefixtures("e_step")
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
     ("n", "d", "k"), [(1, 1, 1), (7, 1, 3), (255, 5, 2), (257, 3, 17), (5000, 2, 5), (9001, 17, 3)]
@@ -162,6 +164,7 @@ def two_far_clusters(d=3, distance=1e4):
     return np.concatenate([rng.normal(size=(400, d)), distance + rng.normal(size=(400, d))])
 
 
+@pytest.mark.usefixtures("e_step")
 @pytest.mark.parametrize("library", [Library(name) for name in INSTALLED if name != "array_api_strict"], ids=str)
 def test_clusters_far_apart_from_a_broad_start_switch_the_form(library, covariance, dtype, caplog):
     x = two_far_clusters().astype(dtype)
@@ -196,6 +199,7 @@ def test_clusters_far_apart_from_a_broad_start_switch_the_form(library, covarian
     assert_close(found, expected, 1e-3, "covariances")
 
 
+@pytest.mark.usefixtures("e_step")
 def test_moderate_distances_fall_back_to_float64_and_no_further(covariance):
     mixture = PyCaveMixture(2, covariance_type=covariance.name, random_state=0)
     mixture.fit(two_far_clusters(distance=300.0).astype(np.float32))
@@ -223,6 +227,7 @@ def test_kappa_predicts_the_error_of_the_expanded_form(covariance, monkeypatch):
         assert error <= 10 * np.finfo(np.float64).eps * (kappa + 100)
 
 
+@pytest.mark.usefixtures("e_step")
 @pytest.mark.parametrize("d", [1, 3])
 @pytest.mark.parametrize("distance", [20, 60, 100, 140, 200, 1000])
 def test_float32_parameters_are_those_of_float64_up_to_the_guard_and_beyond(covariance, d, distance):
@@ -235,6 +240,7 @@ def test_float32_parameters_are_those_of_float64_up_to_the_guard_and_beyond(cova
         assert_close(getattr(found, name), getattr(exact, name), PARAMETER_TOLERANCE["float32"], name)
 
 
+@pytest.mark.usefixtures("e_step")
 @pytest.mark.parametrize("scale", [1e16, 1e17])
 def test_values_too_large_to_square_in_float32(covariance, scale):
     x = np.random.RandomState(0).normal(size=(300, 2)).astype(np.float32)
@@ -250,6 +256,7 @@ def test_values_too_large_to_square_in_float32(covariance, scale):
     assert PyCaveMixture(2, covariance_type=covariance.name, random_state=0).fit(x * np.float32(scale)).converged_
 
 
+@pytest.mark.usefixtures("e_step")
 def test_precisions_far_beyond_those_of_float32(covariance):
     x = (1e-20 * np.random.RandomState(0).normal(size=(300, 2))).astype(np.float32)
     mixture = PyCaveMixture(2, covariance_type=covariance.name, covariance_regularization=0.0, random_state=0).fit(x)
@@ -364,6 +371,7 @@ def test_overlapping_components_are_not_pruned():
     assert _numpy.Block(Rows(x))._pruned(density_of(parameters, COVARIANCES["full"])) is None
 
 
+@pytest.mark.usefixtures("e_step")
 def test_the_result_does_not_depend_on_the_number_of_threads(covariance, dtype, monkeypatch):
     monkeypatch.setattr(_numpy, "SLAB_FLOPS", 1)
     x = blobs(n=9000, d=4, k=5, seed=3).astype(dtype)
@@ -376,6 +384,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(covariance, dtype, 
     assert np.array_equal(fits[0].covariances_, fits[1].covariances_)
 
 
+@pytest.mark.usefixtures("e_step")
 @pytest.mark.parametrize("precision", FORMS)
 def test_a_slab_whose_rows_have_no_weight(covariance, precision, monkeypatch):
     monkeypatch.setattr(_numpy, "SLAB_FLOPS", 1)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import cache, reduce
 from operator import add
+from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,7 +29,7 @@ from gaussmix._threads import one_blas_thread, run
 from gaussmix._typing import Array
 from gaussmix.backends import _array_api, _centred, _pruning
 from gaussmix.backends._engine import Engine
-from gaussmix.backends._features import QUADRATIC, natural_parameters
+from gaussmix.backends._features import QUADRATIC, Quadratic, natural_parameters
 from gaussmix.rows._data import Rows, slices
 from gaussmix.rows._passes import Draw, InMemory
 
@@ -55,6 +56,9 @@ SMALL_PREDICTION = 2**12
 MOST_PRODUCTS = {_guard.FLOAT32: 2**15, _guard.FLOAT64: 2**13}
 # Rows that are summed in float32 before the sum is added in float64.
 SUMMED_ROWS = 256
+# An E-step of so many floating-point operations is compiled, where Numba is installed: loading it takes 0.3 s, and
+# compiling it some seconds, once.
+COMPILED_FLOPS = 4 * 10**8
 # exp below it is subnormal, or about to be; such responsibilities are exactly zero.
 FLOOR = {np.dtype(np.float32): -80.0, np.dtype(np.float64): -690.0}
 
@@ -109,9 +113,9 @@ class Block:
         self._middle = middle
         self._kept_shift: Array | None = None
         self._kept_scatter: dict[str, Array] = {}  # by covariance type
-        # Features of the blocks that begin in these rows, in one form and for one covariance type.
+        # Features of the blocks that begin in these rows, of one kind and in one dtype.
         self._kept: dict[int, Array] = {}
-        self._kept_for: tuple[str, str] | None = None
+        self._kept_for: tuple[np.dtype[Any], Quadratic] | None = None
         # Rows about a point, by the block that they are of.
         self._kept_centred: dict[tuple[int, int], Array] = {}
         self._kept_origin: Array | None = None
@@ -170,15 +174,25 @@ class Block:
             return self._total(
                 lambda slab: _centred.expect(self.rows.array[slab], self._weight(slab), density), k, width
             )
-        if self._kept_for != (form.precision, density.covariance.name):
-            self._kept, self._kept_for = {}, (form.precision, density.covariance.name)
-        shift = self.shift
+        shift, covariance = self.shift, density.covariance
         natural = natural_parameters(density, shift).astype(form.dtype)
+        compiled = _compiled() if 4 * self.rows.shape[0] * k * width >= COMPILED_FLOPS else None
+        # The compiled E-step makes quadratic features itself.
+        given = QUADRATIC["none" if compiled else covariance.quadratic]
+        size = BLOCK_ROWS[1] if compiled else self._block_rows(k, covariance, form.dtype)
+        if self._kept_for != (form.dtype, given):
+            self._kept, self._kept_for = {}, (form.dtype, given)
 
         def statistics(slab: slice) -> SufficientStatistics:
-            sums = _Sums(self, density.covariance, k, form)
-            for block in _within(slab, self._block_rows(k, density.covariance, form.dtype)):
-                sums.soften(self._kept_features(block, sums.phi, density.covariance), natural, self._weight(block))
+            sums = _Sums(covariance, self.rows.shape[1], k, form, min(size, slab.stop - slab.start))
+            for block in _within(slab, size):
+                phi, weight = self._kept_features(block, sums.phi, given), self._weight(block)
+                if compiled:
+                    sums.log_likelihood += compiled.expect(
+                        phi, natural, weight, covariance.quadratic, FLOOR[form.dtype], sums.sums
+                    )
+                else:
+                    sums.soften(phi, natural, weight)
             return sums.statistics(shift)
 
         total = self._total(statistics, k, width)
@@ -272,14 +286,14 @@ class Block:
             if form.features == "centred":
                 self._run(centre, k, width)
                 return out
-            natural = natural_parameters(density, shift).astype(form.dtype)
+            natural, quadratic = natural_parameters(density, shift).astype(form.dtype), QUADRATIC[covariance.quadratic]
             size = self._block_rows(k, covariance, form.dtype)
 
             def infer(slab: slice) -> None:
-                buffer = np.empty((width, size), dtype=form.dtype)
+                buffer = np.empty(width * size, dtype=form.dtype)
                 logits = np.empty(k * size, dtype=form.dtype)
                 for block in _within(slab, size):
-                    phi = self._features(block, shift, buffer[:, : block.stop - block.start], covariance)
+                    phi = self._features(block, shift, _shaped(buffer, width, block.stop - block.start), quadratic)
                     product = np.matmul(natural, phi, out=_shaped(logits, k, phi.shape[1]))
                     if np.isfinite(product.sum()):
                         out[block] = expanded(product, phi[1 : 1 + self.rows.shape[1]], density)
@@ -305,23 +319,32 @@ class Block:
             self._kept_scatter[covariance.name] = sum(parts)
         return self._kept_scatter[covariance.name]
 
-    def _kept_features(self, block: slice, buffer: Array, covariance: Covariance) -> Array:
-        """Features of a block about the shift (F, b): those of the last iteration, or new ones in `buffer`."""
-        if block.start in self._kept:
-            return self._kept[block.start]
-        keeps = self._middle is None and self.rows.shape[0] * buffer[:, :1].nbytes <= KEPT_BYTES
-        shape = (len(buffer), block.stop - block.start)
-        phi = np.empty(shape, dtype=buffer.dtype) if keeps else buffer[:, : shape[1]]
-        phi = self._features(block, self.shift, phi, covariance)
-        return self._kept.setdefault(block.start, phi) if keeps else phi
+    def _kept_features(self, block: slice, buffer: Array, quadratic: Quadratic) -> Array:
+        """Features of a block about the shift (F, b), in `buffer` where those of the last iteration are not kept."""
+        d, kept = self.rows.shape[1], self._kept.get(block.start)
+        n_features = 1 + d + quadratic.number(d)
+        if kept is not None and len(kept) == n_features:
+            return kept
+        phi = _shaped(buffer, n_features, block.stop - block.start)
+        if kept is not None:
+            phi[: 1 + d] = kept
+            quadratic.write(phi[1 : 1 + d], phi[1 + d :])
+            return phi
+        self._features(block, self.shift, phi, quadratic)
+        # All of them, or those that the others are made of, or none.
+        n_bytes = self.rows.shape[0] * phi.itemsize
+        n_kept = next((n for n in (n_features, 1 + d) if n * n_bytes <= KEPT_BYTES), 0)
+        if n_kept and self._middle is None:
+            self._kept[block.start] = phi[:n_kept].copy()
+        return phi
 
-    def _features(self, block: slice, shift: Array, phi: Array, covariance: Covariance) -> Array:
+    def _features(self, block: slice, shift: Array, phi: Array, quadratic: Quadratic) -> Array:
         """Features of a block about `shift`, into `phi` (F, b)."""
         d = self.rows.shape[1]
         x = phi[1 : 1 + d]
         phi[0] = 1
         np.subtract(self._read(block, phi.dtype), shift[:, None].astype(phi.dtype), out=x)
-        QUADRATIC[covariance.quadratic].write(x, phi[1 + d :])
+        quadratic.write(x, phi[1 + d :])
         return phi
 
     def _n_features(self, covariance: Covariance) -> int:
@@ -443,12 +466,13 @@ class Block:
 class _Sums:
     """Weighted sums of features over the rows of a slab, block by block, in float64."""
 
-    def __init__(self, block: Block, covariance: Covariance, k: int, form: Form) -> None:
-        self.covariance, self.form, self.d = covariance, form, block.rows.shape[1]
-        size, width = block._block_rows(k, covariance, form.dtype), block._n_features(covariance)
+    def __init__(self, covariance: Covariance, d: int, k: int, form: Form, size: int) -> None:
+        self.covariance, self.d, self.form = covariance, d, form
+        width = 1 + d + QUADRATIC[covariance.quadratic].number(d)
         self.sums = np.zeros((width, k))
         self.log_likelihood = 0.0
-        self.phi = np.empty((width, size), dtype=form.dtype)
+        # Of a block, of `size` rows at most.
+        self.phi = np.empty(width * size, dtype=form.dtype)
         self._logits = np.empty(k * size, dtype=form.dtype)
         self._product = np.empty_like(self.sums, dtype=form.dtype)
 
@@ -530,6 +554,16 @@ def _softmax(logits: Array) -> tuple[Array, Array]:
     logits -= _exp_of_floor(logits.dtype)
     total = logits.sum(axis=0)
     return largest + np.log(total), total
+
+
+@cache
+def _compiled() -> ModuleType | None:
+    """The compiled E-step; None where Numba is not installed, or not for this NumPy."""
+    try:
+        from gaussmix.backends import _compiled as module
+    except ImportError:
+        return None
+    return module
 
 
 @cache
