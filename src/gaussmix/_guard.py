@@ -97,4 +97,4 @@ def choose(
 
 def _lost(before: Array, after: Array, least: float) -> bool:
     """Whether a component's weight fell below the least."""
-    return bool(np.any((before > 0) & (after < least)))
+    return least > 0 and bool(np.any((before > 0) & (after < least)))

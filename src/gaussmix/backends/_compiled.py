@@ -75,6 +75,19 @@ def expect(linear: Array, natural: Array, weight: Array | None, quadratic: str, 
     return _expect(linear, natural, weight, QUADRATIC[quadratic], linear.dtype.type(floor), exp, bits, sums)
 
 
+def predict(linear: Array, natural: Array, quadratic: str, floor: float, name: str, out: Array) -> bool:
+    """The "labels" (n,), "log_evidence" (n,) or "responsibilities" (n, k) of rows, into `out`.
+
+    Whether all logits were finite: where they were not, `out` is not to be used.
+    """
+    exp = _EXP[linear.dtype]
+    bits = np.empty((len(natural), ROWS), dtype=exp.one.dtype)
+    arguments = (linear, natural, QUADRATIC[quadratic], linear.dtype.type(floor), exp, bits)
+    if name == "labels":
+        return _labels(*arguments, out)
+    return _probabilities(*arguments, *((out, np.empty((0, 0), linear.dtype)) if out.ndim == 1 else (np.empty(0), out)))
+
+
 @compiled
 def _expect(linear, natural, weight, quadratic, floor, exp, bits, sums):
     n, (k, width), dtype = linear.shape[1], natural.shape, linear.dtype
@@ -86,18 +99,7 @@ def _expect(linear, natural, weight, quadratic, floor, exp, bits, sums):
         b = min(ROWS, n - start)
         _write(linear[:, start : start + b], quadratic, phi)
         np.dot(natural, phi, logits)
-        largest[:] = logits[0]
-        for row in logits[1:]:
-            for i in range(ROWS):
-                largest[i] = row[i] if row[i] > largest[i] else largest[i]
-        for row in logits:
-            for i in range(ROWS):
-                row[i] -= largest[i]
-        _exponentiate(logits.reshape(-1), floor, exp, bits.reshape(-1))
-        total[:] = logits[0]
-        for row in logits[1:]:
-            for i in range(ROWS):
-                total[i] += row[i]
+        _soften(logits, floor, exp, bits, largest, total)
         factor[:b] = 1
         factor[b:] = 0
         if len(weight) > 0:
@@ -114,6 +116,73 @@ def _expect(linear, natural, weight, quadratic, floor, exp, bits, sums):
             for j in range(k):
                 sums[i, j] += product[i, j]
     return log_likelihood
+
+
+@compiled
+def _probabilities(linear, natural, quadratic, floor, exp, bits, log_evidence, responsibilities):
+    n, (k, width), dtype = linear.shape[1], natural.shape, linear.dtype
+    phi, logits = np.zeros((width, ROWS), dtype), np.empty((k, ROWS), dtype)
+    largest, total, zero = np.empty(ROWS, dtype), np.empty(ROWS, dtype), np.zeros(ROWS, dtype)
+    for start in range(0, n, ROWS):
+        b = min(ROWS, n - start)
+        _write(linear[:, start : start + b], quadratic, phi)
+        np.dot(natural, phi, logits)
+        _probe(logits, zero)
+        _soften(logits, floor, exp, bits, largest, total)
+        if len(log_evidence) > 0:
+            for i in range(b):
+                log_evidence[start + i] = np.float64(largest[i]) + math.log(np.float64(total[i]))
+        else:
+            for row in range(k):
+                for i in range(b):
+                    responsibilities[start + i, row] = logits[row, i] / total[i]
+    return np.all(zero == 0)
+
+
+@compiled
+def _labels(linear, natural, quadratic, floor, exp, bits, labels):
+    n, (k, width), dtype = linear.shape[1], natural.shape, linear.dtype
+    phi, logits = np.zeros((width, ROWS), dtype), np.empty((k, ROWS), dtype)
+    largest, zero, likeliest = np.empty(ROWS, dtype), np.zeros(ROWS, dtype), np.empty(ROWS, bits.dtype)
+    for start in range(0, n, ROWS):
+        b = min(ROWS, n - start)
+        _write(linear[:, start : start + b], quadratic, phi)
+        np.dot(natural, phi, logits)
+        _probe(logits, zero)
+        largest[:] = logits[0]
+        likeliest[:] = 0
+        for component in range(1, k):
+            row = logits[component]
+            for i in range(ROWS):
+                likeliest[i] = component if row[i] > largest[i] else likeliest[i]
+                largest[i] = row[i] if row[i] > largest[i] else largest[i]
+        labels[start : start + b] = likeliest[:b]
+    return np.all(zero == 0)
+
+
+@compiled
+def _probe(logits, zero):
+    """Leaves NaN in zero (256,) where a row's logits are not finite."""
+    for row in logits:
+        for i in range(ROWS):
+            zero[i] += 0 * row[i]
+
+
+@compiled
+def _soften(logits, floor, exp, bits, largest, total):
+    """Turns logits (k, 256) into exp(logits - largest), whose sum is the total."""
+    largest[:] = logits[0]
+    for row in logits[1:]:
+        for i in range(ROWS):
+            largest[i] = row[i] if row[i] > largest[i] else largest[i]
+    for row in logits:
+        for i in range(ROWS):
+            row[i] -= largest[i]
+    _exponentiate(logits.reshape(-1), floor, exp, bits.reshape(-1))
+    total[:] = logits[0]
+    for row in logits[1:]:
+        for i in range(ROWS):
+            total[i] += row[i]
 
 
 @compiled
@@ -138,9 +207,9 @@ def _write(linear, quadratic, phi):
     elif quadratic == PRODUCTS:
         for place in range(len(phi) - first):
             i, shift = place % d, place // d
-            x, y, out = phi[1 + i], phi[1 + (i + shift) % d], phi[first + place]
+            other = 1 + (i + shift) % d
             for j in range(ROWS):
-                out[j] = x[j] * y[j]
+                phi[first + place, j] = phi[1 + i, j] * phi[other, j]
 
 
 @compiled

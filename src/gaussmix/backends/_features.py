@@ -134,5 +134,6 @@ def natural_parameters(density: Density, shift: Array) -> Array:
     linear = covariance.precision_times(means, factor)
     constant = density.log_offsets - 0.5 * np.sum(means * linear, axis=1)
     coefficients = QUADRATIC[covariance.quadratic].coefficients(covariance.square(factor))
-    quadratic = np.broadcast_to(coefficients, (len(means), coefficients.shape[1]))
-    return np.concatenate([constant[:, None], linear, quadratic], axis=1)
+    if len(coefficients) < len(means):
+        coefficients = np.repeat(coefficients, len(means), axis=0)
+    return np.concatenate([constant[:, None], linear, coefficients], axis=1)

@@ -10,6 +10,7 @@ separated components skip all that: `_pruning` computes few components of each r
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache, reduce
 from operator import add
 from types import ModuleType
@@ -176,7 +177,7 @@ class Block:
             )
         shift, covariance = self.shift, density.covariance
         natural = natural_parameters(density, shift).astype(form.dtype)
-        compiled = _compiled() if 4 * self.rows.shape[0] * k * width >= COMPILED_FLOPS else None
+        compiled = self._compiled(k, width)
         # The compiled E-step makes quadratic features itself.
         given = QUADRATIC["none" if compiled else covariance.quadratic]
         size = BLOCK_ROWS[1] if compiled else self._block_rows(k, covariance, form.dtype)
@@ -238,28 +239,18 @@ class Block:
 
     def log_evidence(self, density: Density) -> Array:
         """Log-density of each row under the mixture: (n,)."""
-        return self._infer(density, _pruning.log_evidence, _centred.log_evidence, _log_evidence, (), np.float64)
+        return self._infer(density, _LOG_EVIDENCE, (), np.float64)
 
     def responsibilities(self, density: Density) -> Array:
         """Posterior probability of each component given the row: (n, k)."""
-        shape = density.log_offsets.shape
-        return self._infer(
-            density, _pruning.responsibilities, _centred.responsibilities, _responsibilities, shape, self._dtype
-        )
+        return self._infer(density, _RESPONSIBILITIES, density.log_offsets.shape, self._dtype)
 
     def labels(self, density: Density) -> Array:
         """The component of largest responsibility for each row: (n,)."""
-        return self._infer(density, _pruning.labels, _centred.labels, _likeliest, (), np.int64)
+        return self._infer(density, _LABELS, (), np.int64)
 
-    def _infer(
-        self,
-        density: Density,
-        pruned: Callable[[Array, Density, _pruning.Bounds, Array], None],
-        centred: Callable[[Array, Density], Array],
-        expanded: Callable[[Array, Array, Density], Array],
-        shape: tuple[int, ...],
-        dtype: Any,
-    ) -> Array:
+    def _infer(self, density: Density, prediction: "_Prediction", shape: tuple[int, ...], dtype: Any) -> Array:
+        pruned, centred = prediction.pruned, prediction.centred
         if self.rows.shape[0] * max(density.means.size, density.precision_cholesky.size) <= SMALL_PREDICTION:
             with np.errstate(over="ignore", invalid="ignore"):
                 return np.ascontiguousarray(centred(self.rows.array, density), dtype=dtype)
@@ -286,18 +277,27 @@ class Block:
             if form.features == "centred":
                 self._run(centre, k, width)
                 return out
-            natural, quadratic = natural_parameters(density, shift).astype(form.dtype), QUADRATIC[covariance.quadratic]
-            size = self._block_rows(k, covariance, form.dtype)
+            natural = natural_parameters(density, shift).astype(form.dtype)
+            compiled = None if covariance.shares_moments else self._compiled(k, width)
+            given = QUADRATIC["none" if compiled else covariance.quadratic]
+            size = BLOCK_ROWS[1] if compiled else self._block_rows(k, covariance, form.dtype)
 
             def infer(slab: slice) -> None:
                 buffer = np.empty(width * size, dtype=form.dtype)
                 logits = np.empty(k * size, dtype=form.dtype)
                 for block in _within(slab, size):
-                    phi = self._features(block, shift, _shaped(buffer, width, block.stop - block.start), quadratic)
-                    product = np.matmul(natural, phi, out=_shaped(logits, k, phi.shape[1]))
-                    if np.isfinite(product.sum()):
-                        out[block] = expanded(product, phi[1 : 1 + self.rows.shape[1]], density)
-                    else:  # values that are too large to square in the dtype of the form
+                    n_features = 1 + self.rows.shape[1] + given.number(self.rows.shape[1])
+                    phi = self._features(block, shift, _shaped(buffer, n_features, block.stop - block.start), given)
+                    if compiled:
+                        is_finite = compiled.predict(
+                            phi, natural, covariance.quadratic, FLOOR[form.dtype], prediction.name, out[block]
+                        )
+                    else:
+                        product = np.matmul(natural, phi, out=_shaped(logits, k, phi.shape[1]))
+                        is_finite = np.isfinite(product.sum())
+                        if is_finite:
+                            out[block] = prediction.expanded(product, phi[1 : 1 + self.rows.shape[1]], density)
+                    if not is_finite:  # values that are too large to square in the dtype of the form
                         centre(block)
 
             self._run(infer, k, width)
@@ -347,6 +347,10 @@ class Block:
         quadratic.write(x, phi[1 + d :])
         return phi
 
+    def _compiled(self, k: int, width: int) -> ModuleType | None:
+        """What computes k logits from so many features of each row, where that is worth loading it."""
+        return _compiled() if 4 * self.rows.shape[0] * k * width >= COMPILED_FLOPS else None
+
     def _n_features(self, covariance: Covariance) -> int:
         """Number of features of a row, F."""
         d = self.rows.shape[1]
@@ -355,7 +359,7 @@ class Block:
     def _block_rows(self, k: int, covariance: Covariance, dtype: np.dtype[Any]) -> int:
         """Rows of a block."""
         rows = BLOCK_BYTES // ((self._n_features(covariance) + 2 * k) * dtype.itemsize)
-        return int(np.clip(rows // 64 * 64, *BLOCK_ROWS))
+        return min(max(rows // 64 * 64, BLOCK_ROWS[0]), BLOCK_ROWS[1])
 
     def nearest(self, centroids: Array) -> Array:
         """The centroid nearest to each row, the first of equals: (n,)."""
@@ -510,16 +514,12 @@ class _Sums:
 
 
 def _argmax(values: Array) -> Array:
-    """The first of the largest of each column (k, b), in the smallest dtype that has room for it."""
-    # NumPy's argmax takes up to four times as long for short columns.
-    largest = values[0].copy()
-    is_larger = np.empty(len(largest), dtype=bool)
-    found = np.zeros(len(largest), dtype=np.min_scalar_type(len(values) - 1))
-    for i, row in enumerate(values[1:], start=1):
-        np.greater(row, largest, out=is_larger)
-        np.maximum(row, largest, out=largest)
-        np.maximum(found, is_larger * found.dtype.type(i), out=found)
-    return found
+    """The first of the largest of each column (k, b), in the smallest dtype that has room for k; any where one is NaN."""
+    # NumPy's argmax takes up to four times as long for short columns. Few calls, as threads wait for each other there.
+    k = len(values)
+    is_largest = values == values.max(axis=0)
+    from_last = np.arange(k, 0, -1, dtype=np.min_scalar_type(k))
+    return k - (is_largest.view(np.uint8) * from_last[:, None]).max(axis=0, initial=1)
 
 
 def _likeliest(logits: Array, x: Array, density: Density) -> Array:
@@ -541,6 +541,23 @@ def _responsibilities(logits: Array, x: Array, density: Density) -> Array:
     _, total = _softmax(logits)
     logits /= total
     return logits.T
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """What is computed of each row, and what computes it."""
+
+    name: str
+    pruned: Callable[[Array, Density, _pruning.Bounds, Array], None]
+    centred: Callable[[Array, Density], Array]
+    expanded: Callable[[Array, Array, Density], Array]
+
+
+_LOG_EVIDENCE = _Prediction("log_evidence", _pruning.log_evidence, _centred.log_evidence, _log_evidence)
+_RESPONSIBILITIES = _Prediction(
+    "responsibilities", _pruning.responsibilities, _centred.responsibilities, _responsibilities
+)
+_LABELS = _Prediction("labels", _pruning.labels, _centred.labels, _likeliest)
 
 
 def _softmax(logits: Array) -> tuple[Array, Array]:
