@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -128,6 +129,35 @@ class Bench:
         self.found.setdefault("skipped", []).append({"what": what, "why": why})
         print(f"skipped: {what}: {why}", flush=True)
 
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """What fails within it is kept as not measured, and the rest goes on."""
+        try:
+            yield
+        except Exception as error:
+            self.skip(what, explained(error))
+
+    def is_right(self, covariance_type: str) -> bool:
+        """Whether every path of the type that was checked came out right; says so where not."""
+        wrong = [row["path"] for row in self.found.get("correctness", []) if not row["right"]]
+        mine = [path for path in wrong if path.startswith(f"{covariance_type}, ")]
+        if mine:
+            self.skip(covariance_type, f"it came out wrong in {'; '.join(mine)}")
+        return not mine
+
+    def write(self, output: Path | None) -> None:
+        """Write the snapshot as far as it goes; nothing of a dry run."""
+        self.found["seconds"] = time.perf_counter() - self.began
+        if self.dry and output is None:
+            return
+        slug = re.sub(r"[^a-z0-9]+", "-", self.found["machine"]["device"].lower()).strip("-")
+        output = output or SNAPSHOTS / f"{slug}.json"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial_ = output.with_suffix(".partial")
+        partial_.write_text(json.dumps(self.found, indent=1) + "\n")
+        partial_.replace(output)
+        print(f"written to {output}", flush=True)
+
     def synchronize(self) -> None:
         """Wait for the device."""
         if not self.dry:
@@ -226,21 +256,16 @@ def main() -> int:
     bench = Bench("cpu" if arguments.dry_run else "cuda")
     bench.found["machine"] = machine(bench)
     print(json.dumps(bench.found["machine"], indent=1), flush=True)
-    check(bench)
-    wrong = [row["path"] for row in bench.found["correctness"] if not row["right"]]
-    if wrong:
-        print(f"NOT MEASURED: {', '.join(wrong)} came out wrong")
-        return 1
-    for part in (kernels_alone, iterations, from_host, peers):
-        part(bench)
-    bench.found["seconds"] = time.perf_counter() - bench.began
-    if not bench.dry:
-        slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-        output = arguments.output or SNAPSHOTS / f"{slug}.json"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(bench.found, indent=1) + "\n")
-        print(f"written to {output}")
+    for part in (check, kernels_alone, iterations, from_host, peers):
+        with bench.attempt(part.__name__):
+            part(bench)
+        # A process that dies later leaves what was found so far.
+        bench.write(arguments.output)
     print(tables(bench.found))
+    wrong = [row["path"] for row in bench.found.get("correctness", []) if not row["right"]]
+    if wrong:
+        print(f"WRONG: {', '.join(wrong)}")
+        return 1
     if bench.dry:
         print("A dry run: every part ran, and the times above mean nothing.")
     return 0
@@ -256,6 +281,11 @@ def why_not(dry: bool) -> str | None:
     if interpreted:
         return "TRITON_INTERPRET=1 is set, and kernels would run in the interpreter; unset it"
     return None if torch.cuda.is_available() else "no CUDA device is here; --dry-run tries the script out without one"
+
+
+def explained(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def machine(bench: Bench) -> dict[str, Any]:
@@ -299,15 +329,20 @@ def check(bench: Bench) -> None:
             data = kernels.prepare(blobs.x, exact=exact)
             for covariance_type in TYPES:
                 for kind in kernels.kinds(COVARIANCES[covariance_type].quadratic, shape[1]):
-                    errors = step_errors(blobs, data, covariance_type, kind)
-                    compare(bench, f"{covariance_type}, {kind}, {list(shape)}", exact, errors)
-            compare(bench, f"k-means, {list(shape)}", exact, k_means_errors(blobs, data))
+                    found = partial(step_errors, blobs, data, covariance_type, kind)
+                    compare(bench, f"{covariance_type}, {kind}, {list(shape)}", exact, found)
+            compare(bench, f"k-means, {list(shape)}", exact, partial(k_means_errors, blobs, data))
     if find_spec("cupy") and not bench.dry:
-        compare(bench, "CuPy array through GaussianMixture", False, cupy_errors())
+        compare(bench, "CuPy array through GaussianMixture", False, cupy_errors)
 
 
-def compare(bench: Bench, path: str, exact: bool, errors: dict[str, float]) -> None:
-    """Keep the errors of a path, and whether they are small enough."""
+def compare(bench: Bench, path: str, exact: bool, find: Callable[[], dict[str, float]]) -> None:
+    """Keep the errors of a path, and whether they are small enough; a path that fails is wrong."""
+    try:
+        errors = find()
+    except Exception as error:
+        bench.add("correctness", path=path, tier="exact" if exact else "default", right=False, failed=explained(error))
+        return
     limits = {name: TOLERANCE["nats" if name in ("bound", "evidence") else "parameters"][exact] for name in errors}
     right = all(error <= limits[name] for name, error in errors.items())  # NaN is not
     row = {name: float(error) for name, error in errors.items()}
@@ -379,16 +414,19 @@ def kernels_alone(bench: Bench) -> None:
     """Times of single kernels beside the floor of their bytes and products."""
     for shape in [DRY] if bench.dry else [(1_000_000, 64, 64), (10_000_000, 32, 64), (1_000_000, 16, 8)]:
         blobs = Blobs.of(shape, bench.device)
-        prepass(bench, blobs)
+        with bench.attempt(f"prepass {list(shape)}"):
+            prepass(bench, blobs)
         data = kernels.prepare(blobs.x, exact=False)
-        for covariance_type in TYPES:
+        for covariance_type in filter(bench.is_right, TYPES):
             for kind in kernels.kinds(COVARIANCES[covariance_type].quadratic, shape[1]):
-                single_kernels(bench, blobs, data, covariance_type, kind)
+                with bench.attempt(f"kernels of {covariance_type}, {kind}, {list(shape)}"):
+                    single_kernels(bench, blobs, data, covariance_type, kind)
     for shape in [] if bench.dry else [(100_000, 128, 1024)]:
         blobs = Blobs.of(shape, bench.device)
         data = kernels.prepare(blobs.x, exact=False)
         for covariance_type, kind in (("diag", "squares"), ("full", "centred")):
-            single_kernels(bench, blobs, data, covariance_type, kind)
+            with bench.attempt(f"kernels of {covariance_type}, {kind}, {list(shape)}"):
+                single_kernels(bench, blobs, data, covariance_type, kind)
 
 
 def kernel(
@@ -398,7 +436,11 @@ def kernel(
     if bench.left < FOR_ITERATIONS:
         bench.skip(f"{name} {list(shape)}", "the time that is left is for whole iterations")
         return
-    ms = bench.milliseconds(function)
+    try:
+        ms = bench.milliseconds(function)
+    except Exception as error:
+        bench.skip(f"{name} {list(shape)}", explained(error))
+        return
     row = dict(kernel=name, shape=list(shape), ms=ms, gflop=products / 1e9, mb=moved / 1e6)
     if bench.rates:
         floor = 1e3 * max(products / bench.rates.tensor, moved / bench.rates.bandwidth)
@@ -488,24 +530,30 @@ def iterations(bench: Bench) -> None:
         if bench.left < FOR_PEERS:
             bench.skip(f"iterations {list(shape)}", "no time left")
             continue
-        blobs = Blobs.of(shape, bench.device)
-        for covariance_type in TYPES:
-            before = 0 if bench.dry else torch.cuda.memory_allocated()
-            if not bench.dry:
-                torch.cuda.reset_peak_memory_stats()
-            run = ours(blobs, covariance_type)
-            ms = 1e3 * interleaved(bench, {"gaussmix": run})["gaussmix"]
-            row: dict[str, Any] = dict(shape=list(shape), type=covariance_type, ms=ms)
-            row["target_ms"] = TARGETS.get(shape, {}).get(covariance_type)
-            if bench.rates:
-                cost = gaussmix.estimate(*shape, covariance_type, device=bench.name)
-                predicted = 1e3 * cost.time
-                row |= dict(predicted_ms=predicted, limit=cost.limit, share=predicted / ms)
-                row |= dict(gflop=cost.flops / 1e9, mb=cost.bytes / 1e6, predicted_memory_mb=cost.memory / 1e6)
-            if not bench.dry:
-                row["memory_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
-            bench.add("iterations", **row)
-            del run  # and its memory, which the next type would seem to need
+        with bench.attempt(f"iterations {list(shape)}"):
+            blobs = Blobs.of(shape, bench.device)
+            for covariance_type in filter(bench.is_right, TYPES):
+                with bench.attempt(f"iterations {list(shape)} {covariance_type}"):
+                    iteration(bench, blobs, covariance_type)
+
+
+def iteration(bench: Bench, blobs: Blobs, covariance_type: str) -> None:
+    """A cell of `iterations`."""
+    shape, before = blobs.shape, 0
+    if not bench.dry:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    ms = 1e3 * interleaved(bench, {"gaussmix": ours(blobs, covariance_type)})["gaussmix"]
+    row: dict[str, Any] = dict(shape=list(shape), type=covariance_type, ms=ms)
+    row["target_ms"] = TARGETS.get(shape, {}).get(covariance_type)
+    if bench.rates:
+        cost = gaussmix.estimate(*shape, covariance_type, device=bench.name)
+        predicted = 1e3 * cost.time
+        row |= dict(predicted_ms=predicted, limit=cost.limit, share=predicted / ms)
+        row |= dict(gflop=cost.flops / 1e9, mb=cost.bytes / 1e6, predicted_memory_mb=cost.memory / 1e6)
+    if not bench.dry:
+        row["memory_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
+    bench.add("iterations", **row)
 
 
 def ours(blobs: Blobs, covariance_type: str) -> Callable[[int], Any]:
@@ -563,18 +611,18 @@ def from_host(bench: Bench) -> None:
 
     go_through()
     passing = 1e3 * statistics.median(bench.seconds(go_through) for _ in range(3))
-    for covariance_type in TYPES:
-        there, expected = callback_fit(blobs, blobs.x, covariance_type)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        ms, means = callback_fit(blobs, x, covariance_type, batch_size=len(blocks[0]))
-        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-        difference = float((means - expected.cpu()).abs().max() / expected.abs().max())
-        if not difference <= HOST_TOLERANCE:
-            bench.skip(f"rows of host memory, {covariance_type}", f"means are off by {difference:.2g}")
-            continue
-        row = dict(ms=ms, copies_ms=limit, passing_ms=passing, there_ms=there, memory_mb=peak)
-        bench.add("host", shape=list(HOST), type=covariance_type, **row, share=max(limit, there) / ms)
+    for covariance_type in filter(bench.is_right, TYPES):
+        with bench.attempt(f"rows of host memory, {covariance_type}"):
+            there, expected = callback_fit(blobs, blobs.x, covariance_type)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            ms, means = callback_fit(blobs, x, covariance_type, batch_size=len(blocks[0]))
+            peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+            difference = float((means - expected.cpu()).abs().max() / expected.abs().max())
+            if not difference <= HOST_TOLERANCE:
+                raise RuntimeError(f"means are off by {difference:.2g}")
+            row = dict(ms=ms, copies_ms=limit, passing_ms=passing, there_ms=there, memory_mb=peak)
+            bench.add("host", shape=list(HOST), type=covariance_type, **row, share=max(limit, there) / ms)
 
 
 def callback_fit(
@@ -597,35 +645,39 @@ def callback_fit(
 def peers(bench: Bench) -> None:
     """Iterations of others beside ours, in turns."""
     for shape in [DRY] if bench.dry else TARGETS:
-        blobs = Blobs.of(shape, bench.device)
-        for covariance_type in TYPES:
-            label = f"{list(shape)} {covariance_type}"
-            if bench.left < 45:
-                bench.skip(f"peers of {label}", "no time left")
-                continue
-            runs: dict[str, Callable[[int], Any]] = {"gaussmix": ours(blobs, covariance_type)}
-            for name, make in makers(shape, covariance_type).items():
-                estimated = 6 * peer_seconds(shape, covariance_type, name)
-                if not bench.dry and estimated > PEER_SECONDS:
-                    bench.skip(f"{name} of {label}", f"estimated at {estimated:.0f} s")
-                    continue
-                if name == "torch.compile" and bench.left < 120:
-                    bench.skip(f"{name} of {label}", "no time left to compile")
-                    continue
-                try:
-                    runs[name] = make(blobs, covariance_type)
-                    runs[name](1)
-                except Exception as error:  # a peer that fails is reported, not fatal
-                    runs.pop(name, None)
-                    bench.skip(f"{name} of {label}", f"{type(error).__name__}: {error}"[:200])
-            if len(runs) == 1:
-                continue
-            seconds = interleaved(bench, runs)
-            milliseconds = {name: 1e3 * value for name, value in seconds.items()}
-            bench.add("peers", shape=list(shape), type=covariance_type, **milliseconds)
-            runs.clear()
+        with bench.attempt(f"peers of {list(shape)}"):
+            blobs = Blobs.of(shape, bench.device)
+            for covariance_type in filter(bench.is_right, TYPES):
+                with bench.attempt(f"peers of {list(shape)} {covariance_type}"):
+                    beside_peers(bench, blobs, covariance_type)
             if not bench.dry:
                 torch.cuda.empty_cache()
+
+
+def beside_peers(bench: Bench, blobs: Blobs, covariance_type: str) -> None:
+    """A cell of `peers`."""
+    shape = blobs.shape
+    label = f"{list(shape)} {covariance_type}"
+    if bench.left < 45:
+        bench.skip(f"peers of {label}", "no time left")
+        return
+    runs: dict[str, Callable[[int], Any]] = {"gaussmix": ours(blobs, covariance_type)}
+    for name, make in makers(shape, covariance_type).items():
+        estimated = 6 * peer_seconds(shape, covariance_type, name)
+        if not bench.dry and estimated > PEER_SECONDS:
+            bench.skip(f"{name} of {label}", f"estimated at {estimated:.0f} s")
+            continue
+        if name == "torch.compile" and bench.left < 120:
+            bench.skip(f"{name} of {label}", "no time left to compile")
+            continue
+        with bench.attempt(f"{name} of {label}"):
+            run = make(blobs, covariance_type)
+            run(1)
+            runs[name] = run
+    if len(runs) > 1:
+        seconds = interleaved(bench, runs)
+        milliseconds = {name: 1e3 * value for name, value in seconds.items()}
+        bench.add("peers", shape=list(shape), type=covariance_type, **milliseconds)
 
 
 def makers(shape: tuple[int, int, int], covariance_type: str) -> dict[str, Callable[..., Callable[[int], Any]]]:
@@ -764,12 +816,13 @@ def torchgmm(blobs: Blobs, covariance_type: str) -> Callable[[int], Any]:
 
 def tables(snapshot: dict[str, Any]) -> str:
     """A snapshot as Markdown tables."""
-    machine = snapshot["machine"]
+    machine, checked = snapshot["machine"], snapshot.get("correctness", [])
     names = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     parts = [
         f"{machine['device']}, driver {machine['driver']}, CUDA {machine['cuda']}, Python {machine['python']}, "
         f"{names}; {machine['date']}, commit {machine['commit'][:12]}{' with changes' if machine['changed'] else ''}.",
-        f"{len(snapshot['correctness'])} paths agree with float64 on the CPU.",
+        f"{sum(row['right'] for row in checked)} of {len(checked)} paths agree with float64 on the CPU."
+        + "".join(f"\n- WRONG: {row['path']} {row.get('failed', '')}" for row in checked if not row["right"]),
         table(
             ["EM iteration", "type", "ms", "target ms", "predicted ms", "limit", "share", "memory MB", "predicted MB"],
             [

@@ -151,6 +151,7 @@ def test_it_is_a_value():
             {"covariance_type": "tied_diag"},
             "there are no kernels for covariance_type='tied_diag'; it runs on array_api",
         ),
+        ({"d": 257}, "there are no kernels for 257 features, only for up to 256; it runs on array_api"),
         ({"covariance_type": "fulll"}, "covariance_type must be one of .*'diag', 'full'.*, got 'fulll'"),
         ({"dtype": "float16"}, "dtype must be one of .*'float32', 'float64'.*, got 'float16'"),
         ({"device": "abacus"}, "device must be one of .*'a100', 'h100', 'h200'.*, got 'abacus'"),

@@ -1,5 +1,6 @@
 """The parts of benchmarks/gpu.py that need no GPU: what it refuses, its tables, and its plain EM."""
 
+import json
 import os
 import subprocess
 import sys
@@ -69,6 +70,42 @@ def test_the_plain_em_is_em(gpu, covariance_type, monkeypatch):
     assert float(bound) - 2.5 * torch.log(torch.tensor(2 * torch.pi)) == pytest.approx(progress.lower_bounds[0])
 
 
+def test_one_path_that_fails_does_not_lose_the_others(gpu, monkeypatch, tmp_path):
+    """A kernel that does not compile, a path that comes out wrong, and a part that fails as a whole."""
+    monkeypatch.setattr(gpu, "why_not", lambda dry: None)
+    monkeypatch.setattr(gpu, "TYPES", ("spherical", "tied", "diag"))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--output", str(tmp_path / "found.json")])
+    step_errors, ours = gpu.step_errors, gpu.ours
+
+    def broken(blobs, data, covariance_type, kind):
+        if covariance_type == "spherical":
+            raise RuntimeError("out of resource:\n shared memory")
+        errors = step_errors(blobs, data, covariance_type, kind)
+        return errors | {"means": float("nan")} if covariance_type == "tied" else errors
+
+    def failing(blobs, covariance_type):
+        if blobs.shape[0] == 150:
+            raise RuntimeError("no kernel image")
+        return ours(blobs, covariance_type)
+
+    monkeypatch.setattr(gpu, "step_errors", broken)
+    monkeypatch.setattr(gpu, "ours", failing)
+    monkeypatch.setattr(gpu, "prepass", lambda *told: 1 / 0)
+    monkeypatch.setattr(gpu, "single_kernels", lambda bench, *told: bench.add("kernels", kernel=told[2]))
+    monkeypatch.setattr(gpu, "tables", lambda found: "")
+    assert gpu.main() == 1
+    found = json.loads((tmp_path / "found.json").read_text())
+    wrong = {row["path"].partition(",")[0]: row for row in found["correctness"] if not row["right"]}
+    assert set(wrong) == {"spherical", "tied"}
+    assert wrong["spherical"]["failed"] == "RuntimeError: out of resource: shared memory"
+    assert {row["kernel"] for row in found["kernels"]} == {"diag"}
+    skipped = {row["what"]: row["why"] for row in found["skipped"]}
+    assert skipped["prepass [150, 5, 3]"].startswith("ZeroDivisionError")
+    assert skipped["iterations [150, 5, 3] diag"] == "RuntimeError: no kernel image"
+    assert skipped["peers of [150, 5, 3] diag"] == "RuntimeError: no kernel image"
+    assert not (tmp_path / "found.partial").exists()
+
+
 def test_the_tables(gpu):
     snapshot = {
         "machine": dict(
@@ -81,7 +118,7 @@ def test_the_tables(gpu):
             commit="",
             changed=False,
         ),
-        "correctness": [{}],
+        "correctness": [dict(path="diag", right=True)],
         "iterations": [dict(shape=[9, 8, 7], type="full", ms=2.0, target_ms=6.0, predicted_ms=1.0, share=0.5)],
         "kernels": [dict(kernel="measure", shape=[9, 8], ms=0.1234, gflop=0, mb=2000.4)],
         "host": [

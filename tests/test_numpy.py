@@ -227,6 +227,24 @@ def test_kappa_predicts_the_error_of_the_expanded_form(covariance, monkeypatch):
         assert error <= 10 * np.finfo(np.float64).eps * (kappa + 100)
 
 
+@pytest.mark.parametrize("is_empty", [False, True])
+@pytest.mark.parametrize("distance", [3.0, 300.0, 1e6])
+def test_the_guard_decides_alike_wherever_the_density_is(library, covariance, distance, is_empty):
+    x = two_far_clusters(distance=distance)
+    weights, *rest = vars(parameters_for(x, 3, covariance)).values()
+    if is_empty:  # as far as it may be, it says nothing
+        weights, rest[0] = np.asarray([0.4, 0.6, 0.0]), np.concatenate([rest[0][:2], [[1e9] * 3]])
+    density = density_of(Parameters(weights, *rest), covariance)
+    forms, shift, floor = _numpy.forms_for(np.dtype(np.float32)), x.mean(axis=0), np.full(3, 0.01)
+    for lost in (None, (weights, weights)):
+        expected = _guard.choose(forms, density, shift, floor, lost)[0]
+        there = density.mapped(library.asarray)
+        found, reason = _guard.choose(forms, there, shift, library.asarray(floor), lost)
+        assert found == expected
+        assert bool(reason) == (len(found) < len(forms))
+    assert (found == forms) == (distance == 3)
+
+
 @pytest.mark.usefixtures("e_step")
 @pytest.mark.parametrize("d", [1, 3])
 @pytest.mark.parametrize("distance", [20, 60, 100, 140, 200, 1000])

@@ -174,10 +174,11 @@ def _scatter_kernel(
             y_hi, y_lo = _split(y, EXACT)
             scatter = _add_product(scatter, tl.trans(z_hi), tl.trans(z_lo), y_hi, y_lo, EXACT)
         else:
-            scatter = tl.dot(tl.trans(z_hi), z_hi, scatter)
-            halves = tl.dot(tl.trans(z_hi), z_lo, halves)
+            half = tl.dot(tl.trans(z_hi), z_lo)
+            halves += half
+            scatter += tl.dot(tl.trans(z_hi), z_hi, half)
     if not EXACT and N_BLOCKS == 1:
-        scatter += halves + tl.trans(halves)
+        scatter += tl.trans(halves)
     out = sums + (tl.program_id(1).to(tl.int64) * k + component) * (ld * ld + ld + 1)
     inside = (left_columns < ld)[:, None] & (right_columns < ld)[None, :]
     tl.store(out + left_columns[:, None] * ld + right_columns[None, :], scatter, mask=inside)

@@ -45,9 +45,10 @@ def _add_product(total, a_hi, a_lo, b_hi, b_lo, EXACT: tl.constexpr):
     if EXACT:
         return tl.dot(a_hi, b_hi, total, out_dtype=tl.float64)
     else:
-        total = tl.dot(a_lo, b_hi, total)
-        total = tl.dot(a_hi, b_lo, total)
-        return tl.dot(a_hi, b_hi, total)
+        # Tensor cores truncate what they add to: the product begins at zero, and is added where sums are rounded.
+        product = tl.dot(a_lo, b_hi)
+        product = tl.dot(a_hi, b_lo, product)
+        return total + tl.dot(a_hi, b_hi, product)
 
 
 @triton.jit

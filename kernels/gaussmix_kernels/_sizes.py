@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-# Rows whose statistics are added on the chip in float32: tensor cores truncate, which biases longer sums.
+# Rows whose statistics are added on the chip in float32.
 MOST_SLAB_ROWS = 4096
 # Programs that fill a large GPU once: four for each of 132 processors.
 PROGRAMS = 528
@@ -14,6 +14,8 @@ MOST_CHUNK_ROWS = 2**20
 # The totals of all components are read and written once a chunk: with many components that costs more than logits that
 # leave the cache.
 LEAST_CHUNK_SLABS = 4
+# Features whose tiles the compile gate checks; wider ones might not compile, or spill.
+MOST_DIMENSIONS = 256
 # Features that the kernels hold a covariance matrix of in registers.
 MOST_FEATURES = 64
 # Products of this many features fit in the registers that hold their sums.

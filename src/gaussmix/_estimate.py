@@ -4,10 +4,10 @@ The counts are those of `gaussmix_kernels`, whose sizes they follow from.
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from math import ceil, prod
 
 from gaussmix._checks import check_covariance_type, check_integer, check_option
+from gaussmix.backends._dispatch import without_kernels
 from gaussmix_kernels import _sizes
 
 
@@ -109,7 +109,8 @@ def estimate(n: int, d: int, k: int, covariance_type: str, dtype: str = "float32
     Raises
     ------
     ValueError
-        Where a size is not positive, or a name is none of those listed: "tied_diag" has no kernels.
+        Where a size is not positive, or a name is none of those listed: "tied_diag" has no kernels,
+        nor have more than 256 features.
 
     Notes
     -----
@@ -133,8 +134,9 @@ def estimate(n: int, d: int, k: int, covariance_type: str, dtype: str = "float32
     check_option("dtype", dtype, DEVICES[device].rates)
     exact = dtype == "float64"
     item = 8 if exact else 4
-    if find_spec(f"gaussmix_kernels.{covariance_type}") is None:
-        raise ValueError(f"there are no kernels for covariance_type={covariance_type!r}; it runs on array_api")
+    reason = without_kernels(d, covariance_type)
+    if reason is not None:
+        raise ValueError(f"{reason}; it runs on array_api")
     kind = _sizes.kinds(covariance.quadratic, d)[0]
     work = _centred(n, d, k, exact) if kind == "centred" else _features(n, d, k, exact, kind)
 

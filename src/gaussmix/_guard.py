@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gaussmix._arrays import to_numpy
+from gaussmix._arrays import array_namespace, asarray_like, to_numpy
 from gaussmix._density import Density
 from gaussmix._parameters import CENTRED_PRECISION
 from gaussmix._typing import Array
@@ -69,24 +69,29 @@ def choose(
 ) -> tuple[Forms, str]:
     """The forms from the first on that is exact enough for the density, and what it was left for.
 
-    `shift` (d,), on the host, is the point that features are about; squares of x - shift below `floor` (d,), if
-    any, are as inexact as that where a form is not exact. `weights` are those before and after an M-step.
+    `shift` (d,) is the point that features are about; squares of x - shift below `floor` (d,), if any, are as inexact
+    as that where a form is not exact. `weights` are those before and after an M-step. What is computed is computed
+    where the density is; four numbers of each form come to the host.
     """
     if len(forms) == 1:
         return forms, ""
-    host, covariance = density.mapped(to_numpy), density.covariance
-    alive, centred = host.is_alive, host.means - shift
-    variances = covariance.variances(host.covariances)
+    xp, covariance = array_namespace(density.means), density.covariance
+    density = density.mapped(lambda value: xp.astype(value, xp.float64, copy=False))
+    alive, variances = density.is_alive, covariance.variances(density.covariances)
+    centred = density.means - asarray_like(shift, density.means)
+    floor = None if floor is None else asarray_like(floor, density.means)
     reason = ""
     for i, form in enumerate(forms[:-1]):
         is_rounded = not form.exact and floor is not None
-        offsets = np.sqrt(centred * centred + floor) if is_rounded else centred
-        kappas = covariance.kappa(host.covariances, host.precision_cholesky, offsets)
-        kappa = float(kappas.max(where=alive, initial=0))
-        ratio = 1 + float((offsets * offsets / variances).max(where=alive[:, None], initial=0))
+        offsets = xp.sqrt(centred * centred + floor) if is_rounded else centred
+        kappas = covariance.kappa(density.covariances, density.precision_cholesky, offsets)
+        ratios = xp.where(alive[:, None], offsets * offsets / variances, 0.0)
+        found = (xp.max(xp.where(alive, kappas, 0.0)), xp.max(ratios), xp.max(kappas), xp.min(variances))
+        kappa, ratio, most, least = map(float, to_numpy(xp.stack(found)))
+        ratio += 1
         # |A_ij| sqrt(m_i m_j) is at most kappa, with m no smaller than the variances.
-        largest = float(kappas.max()) / min(1.0, float(variances.min()))
-        lost = weights is not None and _lost(to_numpy(weights[0]), to_numpy(weights[1]), form.least_weight)
+        largest = most / min(1.0, least)
+        lost = form.least_weight > 0 and weights is not None and _lost(*weights, form.least_weight)
         if kappa <= form.most_kappa and ratio <= form.most_ratio and largest <= form.largest and not lost:
             return forms[i:], reason
         reason = (
@@ -97,4 +102,4 @@ def choose(
 
 def _lost(before: Array, after: Array, least: float) -> bool:
     """Whether a component's weight fell below the least."""
-    return least > 0 and bool(np.any((before > 0) & (after < least)))
+    return bool(array_namespace(after).any((asarray_like(before, after) > 0) & (after < least)))

@@ -269,11 +269,23 @@ def test_dispatch_says_why(monkeypatch):
     assert "numpy.ndarray is neither a torch tensor nor a CuPy array" in why_not_triton(np.zeros(1))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert why_not_triton(host) is None
+    assert why_not_triton(torch.zeros((3, 256)), COVARIANCES["full"]) is None
+    assert why_not_triton(torch.zeros((3, 257)), COVARIANCES["full"]) == (
+        "there are no kernels for 257 features, only for up to 256"
+    )
     monkeypatch.setattr("gaussmix.backends._dispatch.find_spec", lambda name: None if name == "triton" else name)
     assert why_not_triton(host) == "triton is not installed; install gaussmix[triton]"
     monkeypatch.setenv("GAUSSMIX_BACKEND", "triton")
     with pytest.raises(ValueError, match="can not run: triton is not installed; install"):
         choose(host)
+
+
+def test_cupys_default_stream_is_that_of_torch(monkeypatch):
+    """Its pointer is 0, from which torch makes a stream of its own pool."""
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer, device: ("external", pointer, device))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: ("default", device))
+    assert _triton._stream_at(0, 3) == ("default", 3)
+    assert _triton._stream_at(77, 3) == ("external", 77, 3)
 
 
 def test_tensors_on_the_host_load_no_kernels():

@@ -45,12 +45,15 @@ def test_every_case_is_there_once():
     }
 
 
+CARRIED = "%first_moments = ttng.warp_group_dot %33, %x_hi, %arg19 {isAsync = true}"
 CLEAN = "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16"
 
 
-def checked(monkeypatch, *, ptx=CLEAN, stack=0, shared=1024, architecture=90, exact=False, kernel="_accumulate_kernel"):
+def checked(
+    monkeypatch, *, ptx=CLEAN, ttgir="", stack=0, shared=1024, architecture=90, exact=False, kernel="_accumulate_kernel"
+):
     monkeypatch.setattr(gate, "resources", lambda cubin: (64, stack))
-    compiled = SimpleNamespace(asm={"ptx": ptx, "cubin": b""}, metadata=SimpleNamespace(shared=shared))
+    compiled = SimpleNamespace(asm={"ptx": ptx, "ttgir": ttgir, "cubin": b""}, metadata=SimpleNamespace(shared=shared))
     meta = dict(D=16, Q=16, BLOCK_K=16, BLOCK_D=16, BLOCK_N=32, EXACT=exact, KIND="norm", num_warps=4)
     return gate.check(kernel, architecture, meta, compiled)
 
@@ -62,6 +65,8 @@ def test_a_clean_kernel_has_no_violations(monkeypatch):
     assert checked(monkeypatch, ptx="ld.global", kernel="_convert_kernel").violations == ()
     assert checked(monkeypatch, ptx="mma.sync .tf32", exact=True).violations == ()
     assert checked(monkeypatch, ptx=CLEAN + " atom.global.add.u32").violations == ()
+    assert checked(monkeypatch, ttgir=CARRIED, exact=True, ptx="mma.sync").violations == ()
+    assert checked(monkeypatch, ttgir=CARRIED.replace("%arg19", "%product_209#0")).violations == ()
 
 
 @pytest.mark.parametrize(
@@ -74,6 +79,8 @@ def test_a_clean_kernel_has_no_violations(monkeypatch):
         (dict(ptx="fma.rn.f64", exact=True), "none of"),
         (dict(ptx=CLEAN, architecture=80), "none of"),
         (dict(ptx=CLEAN + " wgmma.mma_async.m64n64k8.f32.tf32.tf32"), "TF32"),
+        (dict(ttgir=CARRIED), "a sum that stays in the tensor cores"),
+        (dict(ttgir="%scatter = tt.dot %scatter_173, %23, %arg16, inputPrecision = tf32"), "a sum that stays"),
         (dict(ptx=CLEAN + "\n red.global.add.f32 [%rd1], %f1;"), "an atomic addition"),
         (dict(ptx=CLEAN + "\n atom.global.gpu.add.f64 %fd1, [%rd1], %fd2;"), "an atomic addition"),
     ],

@@ -52,11 +52,15 @@ def test_cupy_arrays_in_and_out(covariance, dtype, own_stream):
     x = blobs(n=5003, d=5, k=4).astype(dtype)
     stream = cupy.cuda.Stream(non_blocking=True) if own_stream else cupy.cuda.Stream.null
     with stream:
-        there = cupy.asarray(x)
-        for _ in range(200):  # what is still under way when the fit begins
-            there = there + 1
-        for _ in range(200):
-            there = there - 1
+        there, source = cupy.zeros(x.shape, dtype), cupy.asarray(x)
+        stream.synchronize()
+        # Some tenths of a second on this very stream: a fit that is not ordered after it sees zeros.
+        clock = cupy.RawKernel(
+            'extern "C" __global__ void wait() { long long t = clock64(); while (clock64() - t < 600000000LL); }',
+            "wait",
+        )
+        clock((1,), (1,), ())
+        there[...] = source
         found = fitted(there, covariance.name)
         labels, proba = found.predict(there), found.predict_proba(there)
         clusters = KMeans(4, random_state=0).fit(there)

@@ -19,6 +19,7 @@ from gaussmix.rows._data import Rows, Stream
 from gaussmix.rows._group import Group
 from gaussmix.rows._passes import Block, InBlocks, InMemory, Passes
 from gaussmix.rows._processes import InProcesses, Share, share_of
+from gaussmix_kernels import _sizes
 
 logger = logging.getLogger("gaussmix")
 
@@ -137,8 +138,15 @@ def why_not_triton(x: Array, covariance: Covariance | None = None) -> str | None
     for package in ("torch", "triton"):
         if find_spec(package) is None:
             return f"{package} is not installed; install gaussmix[triton]"
-    if covariance is not None and find_spec(f"gaussmix_kernels.{covariance.name}") is None:
-        return f"there are no kernels for covariance_type={covariance.name!r}"
+    return without_kernels(x.shape[1], None if covariance is None else covariance.name)
+
+
+def without_kernels(d: int, covariance_type: str | None) -> str | None:
+    """The reason why there are no kernels for d features, or a covariance type if one is given; None if there are."""
+    if covariance_type is not None and find_spec(f"gaussmix_kernels.{covariance_type}") is None:
+        return f"there are no kernels for covariance_type={covariance_type!r}"
+    if d > _sizes.MOST_DIMENSIONS:
+        return f"there are no kernels for {d} features, only for up to {_sizes.MOST_DIMENSIONS}"
     return None
 
 

@@ -514,7 +514,7 @@ class _Sums:
 
 
 def _argmax(values: Array) -> Array:
-    """The first of the largest of each column (k, b), in the smallest dtype that has room for k; any where one is NaN."""
+    """The first of the largest of each column (k, b), any where one is NaN; in the smallest dtype with room for k."""
     # NumPy's argmax takes up to four times as long for short columns. Few calls, as threads wait for each other there.
     k = len(values)
     is_largest = values == values.max(axis=0)

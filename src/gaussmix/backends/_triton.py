@@ -81,10 +81,15 @@ def _stream_of(x: Array) -> Iterator[None]:
         return
     import cupy
 
-    with torch.cuda.device(x.device.id):
-        stream = torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr, device=x.device.id)
-        with torch.cuda.stream(stream):
-            yield
+    stream = _stream_at(cupy.cuda.get_current_stream().ptr, x.device.id)
+    with torch.cuda.device(x.device.id), torch.cuda.stream(stream):
+        yield
+
+
+def _stream_at(pointer: int, device: int) -> torch.cuda.Stream:
+    """The stream that CUDA knows by this pointer."""
+    # The default stream's pointer is 0, for which ExternalStream takes some stream of torch's own pool.
+    return torch.cuda.ExternalStream(pointer, device=device) if pointer else torch.cuda.default_stream(device)
 
 
 class Block:
@@ -105,13 +110,13 @@ class Block:
     @property
     @_on_stream
     def shift(self) -> Array:
-        """The point that features are about, on the host: (d,)."""
-        return to_numpy(self._any_data.shift if self._shift is None else self._shift)
+        """The point that features are about: (d,)."""
+        return self._back(self._any_data.shift if self._shift is None else self._shift)
 
     @_on_stream
     def floor(self) -> Array:
         """The square of x - shift that pairs of halves tell from zero: (d,)."""
-        return kernels.HALVES_LEAST / to_numpy(self._any_data.scale) ** 2
+        return self._back(kernels.HALVES_LEAST / self._any_data.scale**2)
 
     def forms(self, covariance: Covariance) -> Forms:
         """The forms of the E-step, the fastest first, the most exact last."""

@@ -33,7 +33,7 @@ class Block(Protocol):
 
     @property
     def shift(self) -> Array:
-        """The point that features are about, on the host where there are several forms: (d,)."""
+        """The point that features are about: (d,)."""
 
     def floor(self) -> Array | None:
         """What squares of x - shift are at least, as far as the inexact forms can tell: (d,)."""
