@@ -1,6 +1,7 @@
 """The compiled E-step: what it shares with the other forms is tested in test_numpy.py, by the fixture `e_step`."""
 
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -84,6 +85,19 @@ def test_weights_that_can_not_be_written_to(monkeypatch, calls):
     GaussianMixture(3, max_iter=2, **start_for(x, 3, "full")).fit(x, sample_weight=weight)
     assert len(calls) > 0
     assert len(_compiled._expect.signatures) <= max(2, n_compiled)
+
+
+@pytest.mark.parametrize("method", ["fit", "predict"])
+def test_memory_is_that_of_rows_and_not_of_features(method, monkeypatch, calls):
+    monkeypatch.setattr(_numpy, "COMPILED_FLOPS", 0)
+    x = blobs(n=20_000, d=32, k=3, seed=5, spread=0.5)
+    mixture = GaussianMixture(3, max_iter=2, **start_for(x, 3, "full")).fit(x)  # what is loaded is loaded
+    tracemalloc.start()
+    getattr(mixture, method)(x)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Rows are kept once; features of a block would take 37 MB.
+    assert peak < 3 * x.nbytes
 
 
 def test_a_folder_that_nothing_can_be_written_to(monkeypatch):

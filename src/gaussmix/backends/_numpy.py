@@ -178,22 +178,22 @@ class Block:
         shift, covariance = self.shift, density.covariance
         natural = natural_parameters(density, shift).astype(form.dtype)
         compiled = self._compiled(k, width)
-        # The compiled E-step makes quadratic features itself.
-        given = QUADRATIC["none" if compiled else covariance.quadratic]
-        size = BLOCK_ROWS[1] if compiled else self._block_rows(k, covariance, form.dtype)
+        given, size = self._given(k, covariance, form.dtype, bool(compiled))
         if self._kept_for != (form.dtype, given):
             self._kept, self._kept_for = {}, (form.dtype, given)
 
         def statistics(slab: slice) -> SufficientStatistics:
-            sums = _Sums(covariance, self.rows.shape[1], k, form, min(size, slab.stop - slab.start))
+            sums, most = _Sums(covariance, self.rows.shape[1], k, form), min(size, slab.stop - slab.start)
+            buffer = np.empty(self._width(given) * most, dtype=form.dtype)
+            logits = np.empty(0 if compiled else k * most, dtype=form.dtype)
             for block in _within(slab, size):
-                phi, weight = self._kept_features(block, sums.phi, given), self._weight(block)
+                phi, weight = self._kept_features(block, buffer, given), self._weight(block)
                 if compiled:
                     sums.log_likelihood += compiled.expect(
                         phi, natural, weight, covariance.quadratic, FLOOR[form.dtype], sums.sums
                     )
                 else:
-                    sums.soften(phi, natural, weight)
+                    sums.soften(phi, natural, weight, logits)
             return sums.statistics(shift)
 
         total = self._total(statistics, k, width)
@@ -279,15 +279,15 @@ class Block:
                 return out
             natural = natural_parameters(density, shift).astype(form.dtype)
             compiled = None if covariance.shares_moments else self._compiled(k, width)
-            given = QUADRATIC["none" if compiled else covariance.quadratic]
-            size = BLOCK_ROWS[1] if compiled else self._block_rows(k, covariance, form.dtype)
+            given, size = self._given(k, covariance, form.dtype, bool(compiled))
 
             def infer(slab: slice) -> None:
-                buffer = np.empty(width * size, dtype=form.dtype)
-                logits = np.empty(k * size, dtype=form.dtype)
+                most = min(size, slab.stop - slab.start)
+                buffer = np.empty(self._width(given) * most, dtype=form.dtype)
+                logits = np.empty(0 if compiled else k * most, dtype=form.dtype)
                 for block in _within(slab, size):
-                    n_features = 1 + self.rows.shape[1] + given.number(self.rows.shape[1])
-                    phi = self._features(block, shift, _shaped(buffer, n_features, block.stop - block.start), given)
+                    phi = _shaped(buffer, self._width(given), block.stop - block.start)
+                    self._features(block, shift, phi, given)
                     if compiled:
                         is_finite = compiled.predict(
                             phi, natural, covariance.quadratic, FLOOR[form.dtype], prediction.name, out[block]
@@ -321,8 +321,7 @@ class Block:
 
     def _kept_features(self, block: slice, buffer: Array, quadratic: Quadratic) -> Array:
         """Features of a block about the shift (F, b), in `buffer` where those of the last iteration are not kept."""
-        d, kept = self.rows.shape[1], self._kept.get(block.start)
-        n_features = 1 + d + quadratic.number(d)
+        d, kept, n_features = self.rows.shape[1], self._kept.get(block.start), self._width(quadratic)
         if kept is not None and len(kept) == n_features:
             return kept
         phi = _shaped(buffer, n_features, block.stop - block.start)
@@ -351,10 +350,21 @@ class Block:
         """What computes k logits from so many features of each row, where that is worth loading it."""
         return _compiled() if 4 * self.rows.shape[0] * k * width >= COMPILED_FLOPS else None
 
+    def _given(self, k: int, covariance: Covariance, dtype: np.dtype[Any], compiled: bool) -> tuple[Quadratic, int]:
+        """The quadratic features that an E-step is given, and of how many rows at a time."""
+        # The compiled one makes them itself.
+        if compiled:
+            return QUADRATIC["none"], BLOCK_ROWS[1]
+        return QUADRATIC[covariance.quadratic], self._block_rows(k, covariance, dtype)
+
+    def _width(self, quadratic: Quadratic) -> int:
+        """Number of features of a row, with these quadratic ones."""
+        d = self.rows.shape[1]
+        return 1 + d + quadratic.number(d)
+
     def _n_features(self, covariance: Covariance) -> int:
         """Number of features of a row, F."""
-        d = self.rows.shape[1]
-        return 1 + d + QUADRATIC[covariance.quadratic].number(d)
+        return self._width(QUADRATIC[covariance.quadratic])
 
     def _block_rows(self, k: int, covariance: Covariance, dtype: np.dtype[Any]) -> int:
         """Rows of a block."""
@@ -470,19 +480,16 @@ class Block:
 class _Sums:
     """Weighted sums of features over the rows of a slab, block by block, in float64."""
 
-    def __init__(self, covariance: Covariance, d: int, k: int, form: Form, size: int) -> None:
+    def __init__(self, covariance: Covariance, d: int, k: int, form: Form) -> None:
         self.covariance, self.d, self.form = covariance, d, form
         width = 1 + d + QUADRATIC[covariance.quadratic].number(d)
         self.sums = np.zeros((width, k))
         self.log_likelihood = 0.0
-        # Of a block, of `size` rows at most.
-        self.phi = np.empty(width * size, dtype=form.dtype)
-        self._logits = np.empty(k * size, dtype=form.dtype)
         self._product = np.empty_like(self.sums, dtype=form.dtype)
 
-    def soften(self, phi: Array, natural: Array, weight: Array | None) -> None:
-        """E-step and sums of a block with these features (F, b)."""
-        logits = np.matmul(natural, phi, out=_shaped(self._logits, len(natural), phi.shape[1]))
+    def soften(self, phi: Array, natural: Array, weight: Array | None, buffer: Array) -> None:
+        """E-step and sums of a block with these features (F, b); `buffer` has room for its logits."""
+        logits = np.matmul(natural, phi, out=_shaped(buffer, len(natural), phi.shape[1]))
         evidence, total = _softmax(logits)
         evidence = evidence.astype(np.float64)
         if weight is None:
