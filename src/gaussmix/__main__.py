@@ -20,6 +20,7 @@ PACKAGES = (
     "safetensors",
     "torch",
     "triton",
+    "numba",
     "cupy",
     "cupy-cuda12x",
     "cupy-cuda13x",
