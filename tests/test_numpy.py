@@ -108,6 +108,18 @@ def test_many_features_are_computed_with_triangles(covariance, dtype, n, d, k, w
         assert_close(*(getattr(step, name) for step in steps), 1e-10, name)
 
 
+def test_many_features_are_fitted_in_memory_for_few_matrices():
+    d, k = 600, 3
+    x = np.random.RandomState(0).normal(size=(3000, d))
+    matrices = k * d * d * 8
+    tracemalloc.start()
+    GaussianMixture(k, max_iter=3, tol=0, reg_covar=0.1, init_params="random_from_data", random_state=0).fit(x)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Covariances and factors before and after an M-step, the statistics, and what one factorisation takes.
+    assert peak < 7 * matrices
+
+
 @pytest.mark.parametrize("method", ["predict", "predict_proba", "score_samples"])
 def test_predictions_in_the_centred_form_make_no_features(method):
     x = np.random.RandomState(0).normal(size=(1000, 600))

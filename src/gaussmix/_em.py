@@ -58,6 +58,7 @@ def run_em(
     """
     bounds, converged = list(begun.lower_bounds), begun.converged
     at = _State(begun.parameters, objective.density(begun.parameters), _from(engine.forms, begun.form))
+    del begun
     is_watched = bool(callbacks) or note is not None
     # Once for all iterations, but callbacks are to have the threads that the caller has.
     whole, each = (nullcontext, engine.during_steps) if is_watched else (engine.during_steps, nullcontext)

@@ -167,32 +167,36 @@ class Plan:
         if self.verbose:
             printed = _Printed(self.verbose, self.verbose_interval, index, done[-1] if done else self.previous)
             callbacks = [printed, *callbacks]
-        if state is None:
-            with on_rows.during_steps():
-                parameters = self.start(on_rows, self.objective, random_state)
-            begun = EMResult(parameters, [], converged=False, form=on_rows.forms[0].precision)
-        else:
-            parameters = state.reached.parameters.moved(on_rows.rows.like, on_rows.rows.dtype)
-            converged = is_converged(done, self.tolerance, self.previous)
-            begun = replace(state.reached, parameters=parameters, converged=converged)
+
+        def begun() -> EMResult:
+            if state is None:
+                with on_rows.during_steps():
+                    parameters = self.start(on_rows, self.objective, random_state)
+                found = EMResult(parameters, [], converged=False, form=on_rows.forms[0].precision)
+            else:
+                parameters = state.reached.parameters.moved(on_rows.rows.like, on_rows.rows.dtype)
+                found = replace(state.reached, parameters=parameters, converged=is_finished)
+            if note is not None:
+                note(found)
+            return found
 
         def note_sometimes(reached: EMResult) -> None:
             if note is not None and len(reached.lower_bounds) % self.checkpoint_every == 0:
                 note(reached)
 
-        if note is not None:
-            note(begun)
+        is_finished = is_converged(done, self.tolerance, self.previous)
+        # Nobody but EM holds what it begins with, which may be as large as all that it computes.
         result = run_em(
             on_rows,
             self.objective,
-            begun,
+            begun(),
             tolerance=self.tolerance,
             max_iter=self.max_iter,
             previous=self.previous,
             callbacks=callbacks,
             note=None if note is None else note_sometimes,
         )
-        if note is not None and not begun.converged:
+        if note is not None and not is_finished:
             note(result)
         if printed is not None and self.max_iter:
             printed.end(result)

@@ -11,8 +11,7 @@ separated components skip all that: `_pruning` computes few components of each r
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, reduce
-from operator import add
+from functools import cache
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -153,7 +152,7 @@ class Block:
             rows = np.asarray(self.rows.array[slab])
             return _pruning.assign(rows, self._weight(slab), labels[slab], origin, covariance)
 
-        total = self._total(statistics, len(means), self._n_features(covariance))
+        total = self._total(statistics, len(means), covariance)
         self.hints = labels
         return total
 
@@ -170,14 +169,14 @@ class Block:
         pruned = self._pruned(density)
         if pruned is not None:
             return pruned
-        k, width = len(density.means), self._n_features(density.covariance)
+        k, covariance = len(density.means), density.covariance
         if form.features == "centred":
             return self._total(
-                lambda slab: _centred.expect(self.rows.array[slab], self._weight(slab), density), k, width
+                lambda slab: _centred.expect(self.rows.array[slab], self._weight(slab), density), k, covariance
             )
-        shift, covariance = self.shift, density.covariance
+        shift = self.shift
         natural = natural_parameters(density, shift).astype(form.dtype)
-        compiled = self._compiled(k, width)
+        compiled = self._compiled(k, self._n_features(covariance))
         given, size = self._given(k, covariance, form.dtype, bool(compiled))
         if self._kept_for != (form.dtype, given):
             self._kept, self._kept_for = {}, (form.dtype, given)
@@ -196,12 +195,12 @@ class Block:
                     sums.soften(phi, natural, weight, logits)
             return sums.statistics(shift)
 
-        total = self._total(statistics, k, width)
-        if not density.covariance.shares_moments:
+        total = self._total(statistics, k, covariance)
+        if not covariance.shares_moments:
             return total
         # The quadratic term that all components share cancels in the responsibilities; its sum is that of a trace.
-        scatter = self._scatter(density.covariance)
-        trace = np.sum(density.covariance.square(density.precision_cholesky) * scatter)
+        scatter = self._scatter(covariance)
+        trace = np.sum(covariance.square(density.precision_cholesky) * scatter)
         return total.summed((total.counts, total.first_moments, scatter, total.log_likelihood - 0.5 * trace))
 
     def _bounds(self, density: Density, shift: Array) -> _pruning.Bounds | None:
@@ -234,7 +233,7 @@ class Block:
                 labels[slab] = bounds.guess(rows)
             return _pruning.expect(rows, self._weight(slab), labels[slab], density, bounds)
 
-        total = self._total(statistics, k, self._n_features(density.covariance), self._grouped_rows(k))
+        total = self._total(statistics, k, density.covariance, self._grouped_rows(k))
         return total if np.all(total.counts[density.is_alive] >= _pruning.SMALLEST_COUNT) else None
 
     def log_evidence(self, density: Density) -> Array:
@@ -315,7 +314,8 @@ class Block:
             return total
 
         if covariance.name not in self._kept_scatter:
-            parts = self._run(scatter, self.rows.shape[1], self._n_features(covariance))
+            d, width, most = self.rows.shape[1], self._n_features(covariance), self._most_slabs(1, covariance)
+            parts = self._run(scatter, d, width, most_slabs=most)
             self._kept_scatter[covariance.name] = sum(parts)
         return self._kept_scatter[covariance.name]
 
@@ -463,13 +463,21 @@ class Block:
         self,
         function: Callable[[slice], SufficientStatistics],
         k: int,
-        width: int,
+        covariance: Covariance,
         least_rows: int = BLOCK_ROWS[0],
     ) -> SufficientStatistics:
-        """The sum of `function` over slabs: as many as leave their k x `width` sums no larger than the rows, or two."""
+        """The sum of `function` over slabs."""
+        width, most = self._n_features(covariance), self._most_slabs(k, covariance)
+        total, *others = self._run(function, k, width, least_rows, most)
+        for other in others:
+            for mine, its in zip(total.sums, other.sums, strict=True):
+                mine += its
+        return total
+
+    def _most_slabs(self, k: int, covariance: Covariance) -> int:
+        """As many as leave the second moments of each no larger than the rows; two at least."""
         n, d = self.rows.shape
-        most_slabs = min(MOST_SLABS, max(2, n * d // (k * width)))
-        return reduce(add, self._run(function, k, width, least_rows, most_slabs))
+        return min(MOST_SLABS, max(2, n * d // math.prod(covariance.moments_shape(k, d))))
 
     def _grouped_rows(self, k: int) -> int:
         """Rows of slabs that are long enough for matrix products of a component's rows; four where that is so."""
