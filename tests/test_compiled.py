@@ -15,6 +15,11 @@ _compiled = pytest.importorskip("gaussmix.backends._compiled", reason="numba is 
 pytestmark = pytest.mark.usefixtures("unconverged")
 
 
+@pytest.fixture(autouse=True)
+def _without_forced_backend(monkeypatch):
+    monkeypatch.delenv("GAUSSMIX_BACKEND", raising=False)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """How often the compiled E-step was called."""
