@@ -153,6 +153,7 @@ def test_every_module_can_be_imported():
     have_triton = have_torch and find_spec("triton")
     needs = dict.fromkeys(("gaussmix.torch", "gaussmix.rows._gpu"), have_torch)
     needs |= {"gaussmix.backends._triton": have_triton, "gaussmix.rows._dask": find_spec("dask")}
+    needs["gaussmix.backends._compiled"] = find_spec("numba")
     for name in ("gaussmix", *(["gaussmix_kernels"] if have_triton else [])):
         for module in pkgutil.walk_packages(importlib.import_module(name).__path__, f"{name}."):
             if needs.get(module.name, True):
