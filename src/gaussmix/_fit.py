@@ -163,7 +163,7 @@ class Plan:
     ) -> EMResult:
         """EM from one start, or from where `state` stands."""
         done = [] if state is None else state.reached.lower_bounds
-        printed = None
+        is_finished, printed = is_converged(done, self.tolerance, self.previous), None
         if self.verbose:
             printed = _Printed(self.verbose, self.verbose_interval, index, done[-1] if done else self.previous)
             callbacks = [printed, *callbacks]
@@ -184,7 +184,6 @@ class Plan:
             if note is not None and len(reached.lower_bounds) % self.checkpoint_every == 0:
                 note(reached)
 
-        is_finished = is_converged(done, self.tolerance, self.previous)
         # Nobody but EM holds what it begins with, which may be as large as all that it computes.
         result = run_em(
             on_rows,

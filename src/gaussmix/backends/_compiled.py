@@ -85,7 +85,9 @@ def predict(linear: Array, natural: Array, quadratic: str, floor: float, name: s
     arguments = (linear, natural, QUADRATIC[quadratic], linear.dtype.type(floor), exp, bits)
     if name == "labels":
         return _labels(*arguments, out)
-    return _probabilities(*arguments, *((out, np.empty((0, 0), linear.dtype)) if out.ndim == 1 else (np.empty(0), out)))
+    if name == "log_evidence":
+        return _probabilities(*arguments, out, np.empty((0, 0), linear.dtype))
+    return _probabilities(*arguments, np.empty(0), out)
 
 
 @compiled

@@ -5,7 +5,8 @@ in the cache, with points on the contiguous axis: phi (F, b), logits (k, b). Blo
 run on threads (`_threads`) and are added in order, in float64: the result does not depend on the number of threads.
 
 The forms are features in float32, features in float64, and centred rows in float64 (`_centred`). Full covariances of
-separated components skip all that: `_pruning` computes few components of each row.
+separated components skip all that: `_pruning` computes few components of each row. Where Numba is installed,
+`_compiled` has the forms in features as one call for many rows.
 """
 
 import math
@@ -56,7 +57,7 @@ SMALL_PREDICTION = 2**12
 MOST_PRODUCTS = {_guard.FLOAT32: 2**15, _guard.FLOAT64: 2**13}
 # Rows that are summed in float32 before the sum is added in float64.
 SUMMED_ROWS = 256
-# An E-step of so many floating-point operations is compiled, where Numba is installed: loading it takes 0.3 s, and
+# An E-step of so many floating-point operations is compiled, where Numba is installed: loading it takes 0.4 s, and
 # compiling it some seconds, once.
 COMPILED_FLOPS = 4 * 10**8
 # exp below it is subnormal, or about to be; such responsibilities are exactly zero.
