@@ -147,8 +147,8 @@ def test_the_form_of_the_e_step_changes_on_the_way(tmp_path, covariance, dtype, 
 
 
 def test_separated_components_which_are_pruned(tmp_path):
-    x = blobs(n=3000, d=3, k=12, seed=1, spread=60)
-    estimator = mixture(k=12, covariance_type="full")
+    x = blobs(n=3000, d=48, k=8, seed=1, spread=60)
+    estimator = mixture(k=8, covariance_type="full")
     interrupted(estimator, x, 5, tmp_path / "fit", checkpoint_every=2)
     found, expected = estimator.clone().fit(x, checkpoint=tmp_path / "fit", resume=True), estimator.fit(x)
     assert_same_fit(found, expected)

@@ -24,6 +24,7 @@ from gaussmix import GaussianMixture as PyCaveMixture
 from gaussmix import _guard, _threads
 from gaussmix._arrays import to_numpy
 from gaussmix._covariance import COVARIANCES
+from gaussmix._guard import CENTRED
 from gaussmix._objective import density_of
 from gaussmix._parameters import Parameters
 from gaussmix.backends import _array_api, _numpy, _pruning
@@ -303,14 +304,15 @@ def separated(covariance, n=3000, d=6, k=20):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_pruning_changes_nothing_but_rounding(dtype, weighted):
+def test_pruning_changes_nothing_but_rounding(dtype, weighted, monkeypatch):
+    monkeypatch.setattr(_numpy.Block, "_most_left", lambda *_: np.inf)
     covariance = COVARIANCES["full"]
     x, parameters = separated(covariance)
     x = x.astype(dtype)
     weight = np.random.RandomState(0).uniform(0, 2, size=len(x)) if weighted else None
     density = density_of(parameters, covariance)
     engine = _numpy.Block(Rows(x, weight))
-    pruned = engine._pruned(density)
+    pruned = engine._pruned(density, CENTRED)
     assert pruned is not None
     exact = OnRows(_array_api, Rows(x, weight), covariance).expect(parameters)
     for name in ("counts", "first_moments", "second_moments", "log_likelihood"):
@@ -319,7 +321,7 @@ def test_pruning_changes_nothing_but_rounding(dtype, weighted):
     assert np.abs(OnRows(_numpy, Rows(x), covariance).log_evidence(parameters) - evidence).max() < 1e-9
     # Once more from labels that are all wrong.
     engine.hints = (engine.hints + 7) % 20
-    again = engine._pruned(density)
+    again = engine._pruned(density, CENTRED)
     assert_close(again.second_moments, exact.second_moments, 1e-11)
 
 
@@ -332,7 +334,7 @@ def test_pruned_statistics_of_many_blocks(dtype, weighted, monkeypatch):
         (_pruning, "GROUP_ROWS", 501),
         (_numpy, "PRUNING_ROWS", (35, 70)),
         (_numpy, "SLAB_FLOPS", 1),
-        (_numpy, "PRUNING_GAIN", 1),
+        (_numpy.Block, "_most_left", lambda *_: np.inf),
     ):
         monkeypatch.setattr(module, name, value)
     x, parameters = separated(covariance)
@@ -344,7 +346,7 @@ def test_pruned_statistics_of_many_blocks(dtype, weighted, monkeypatch):
     rows = Rows(x.astype(dtype), weight)
     engine = _numpy.Block(rows)
     pruned, exact = (
-        engine._pruned(density_of(parameters, covariance)),
+        engine._pruned(density_of(parameters, covariance), CENTRED),
         OnRows(_array_api, rows, covariance).expect(parameters),
     )
     r = OnRows(_array_api, Rows(rows.array), covariance).responsibilities(parameters)
@@ -358,7 +360,7 @@ def test_pruned_statistics_of_many_blocks(dtype, weighted, monkeypatch):
 @pytest.mark.parametrize("spread", [30.0, 3.0])
 def test_pruned_predictions_equal_the_array_api(dtype, spread, monkeypatch):
     monkeypatch.setattr(_numpy, "SLAB_FLOPS", 1)
-    monkeypatch.setattr(_numpy, "PRUNING_GAIN", 1)
+    monkeypatch.setattr(_numpy.Block, "_most_left", lambda *_: np.inf)
     covariance = COVARIANCES["full"]
     x, parameters = separated(covariance)
     # The second component equals the first, and the third has no weight.
@@ -369,7 +371,7 @@ def test_pruned_predictions_equal_the_array_api(dtype, spread, monkeypatch):
     rows = Rows((x * spread / 30).astype(dtype))
     fast, exact = (OnRows(module, rows, covariance) for module in (_numpy, _array_api))
     density = density_of(parameters, covariance)
-    assert fast.block._bounds(density, density.middle) is not None
+    assert fast.block._bounds(density, density.middle, CENTRED) is not None
     proba, expected = fast.responsibilities(parameters), exact.responsibilities(parameters)
     assert proba.dtype == dtype
     assert np.abs(proba - expected).max() < (1e-6 if dtype == "float32" else 1e-11)
@@ -392,13 +394,28 @@ def test_a_component_that_lives_on_small_responsibilities_is_not_pruned():
     means = parameters.means.copy()
     means[0] = 1e4
     far = dataclasses.replace(parameters, means=means)
-    assert _numpy.Block(Rows(x))._pruned(density_of(far, COVARIANCES["full"])) is None
+    assert _numpy.Block(Rows(x))._pruned(density_of(far, COVARIANCES["full"]), CENTRED) is None
 
 
 def test_overlapping_components_are_not_pruned():
     x = np.random.RandomState(0).normal(size=(2000, 6))
     parameters = parameters_for(x, 20, COVARIANCES["full"])
-    assert _numpy.Block(Rows(x))._pruned(density_of(parameters, COVARIANCES["full"])) is None
+    block, density = _numpy.Block(Rows(x)), density_of(parameters, COVARIANCES["full"])
+    assert all(block._pruned(density, form) is None for form in block.forms(density.covariance))
+
+
+def test_pruning_is_for_steps_that_take_long(dtype):
+    """Centred ones, and those with many features: where features are few, a product with all of them takes less."""
+    covariance = COVARIANCES["full"]
+    is_pruned = {}
+    for d in (6, 64):
+        x, parameters = separated(covariance, d=d)
+        identities = np.stack([np.eye(d)] * 20)
+        parameters = dataclasses.replace(parameters, covariances=identities, precision_cholesky=identities)
+        block, density = _numpy.Block(Rows(x.astype(dtype))), density_of(parameters, covariance)
+        for form in block.forms(covariance):
+            is_pruned[d, form == CENTRED] = block._pruned(density, form) is not None
+    assert is_pruned == {(6, False): False, (6, True): True, (64, False): True, (64, True): True}
 
 
 @pytest.mark.usefixtures("e_step")

@@ -171,8 +171,8 @@ def test_the_form_of_the_e_step_changes_on_the_way(covariance, dtype, caplog):
 
 
 def test_blocks_of_separated_components_are_pruned():
-    x = blobs(n=2000, d=3, k=12, seed=1, spread=60)
-    params = {"covariance_type": "full", "k": 12}
+    x = blobs(n=2000, d=48, k=8, seed=1, spread=60)
+    params = {"covariance_type": "full", "k": 8}
     found = fitted(in_blocks(x, (300, 1000)), **params)
     assert_same_fit(found, fitted(x, **params), 1e-10)
     assert found.precision_ == "centred-float64"

@@ -45,9 +45,13 @@ KMEANS_BYTES = 1_000_000
 # A slab is worth a thread from this many floating-point operations on; there are at most so many of them.
 SLAB_FLOPS = 10**8
 MOST_SLABS = 16
-# Pruning pays where this many times fewer components than there are matter to a row, as a sample of rows tells.
-PRUNING_GAIN = 6
-PRUNING_SAMPLE = 256
+# What pruning takes for a row, in operations that a float32 product does in the same time: for a component that is
+# left, more for each of its d^2, and for any other one. A sample tells how many are left: so many rows at most, and at
+# most one of so many, to cost little.
+PRUNED_FLOPS = (8000, 20, 500)
+PRUNING_SAMPLE = (256, 64)
+# A component takes this part of that where all are centred, none pruned.
+CENTRED_PART = 0.6
 # Rows of a slab for each component, at least and enough: threads with shorter calls wait for Python.
 PRUNING_ROWS = (1024, 2048)
 # A prediction with so few rows x elements of the factors is centred: choosing a form would take longer.
@@ -167,7 +171,7 @@ class Block:
     @one_blas_thread()
     def expect(self, density: Density, form: Form) -> SufficientStatistics:
         """The E-step: statistics of all rows; pruned, and exact in any form, where that pays."""
-        pruned = self._pruned(density)
+        pruned = self._pruned(density, form)
         if pruned is not None:
             return pruned
         k, covariance = len(density.means), density.covariance
@@ -204,23 +208,36 @@ class Block:
         trace = np.sum(covariance.square(density.precision_cholesky) * scatter)
         return total.summed((total.counts, total.first_moments, scatter, total.log_likelihood - 0.5 * trace))
 
-    def _bounds(self, density: Density, shift: Array) -> _pruning.Bounds | None:
-        """The bounds that leave few components of a row to compute; None where pruning would not pay."""
-        (n, d), k = self.rows.shape, len(density.means)
-        # Worth it where the features are many more than the numbers they are made from.
-        most = k / PRUNING_GAIN
-        n_quadratic = QUADRATIC[density.covariance.quadratic].number(d)
-        if n_quadratic <= d or most < 1 or not np.issubdtype(self.rows.array.dtype, np.floating):
+    def _bounds(self, density: Density, shift: Array, form: Form) -> _pruning.Bounds | None:
+        """The bounds that leave few components of a row to compute; None where this form takes less time for all."""
+        n, k = self.rows.shape[0], len(density.means)
+        most = self._most_left(k, density.covariance, form)
+        if most < 1 or not np.issubdtype(self.rows.array.dtype, np.floating):
             return None
         bounds = _pruning.Bounds.of_density(density, shift)
-        sample = np.asarray(self.rows.array[:: max(1, n // PRUNING_SAMPLE)][:PRUNING_SAMPLE])
+        most_rows, spacing = PRUNING_SAMPLE
+        sample = np.asarray(self.rows.array[:: max(spacing, n // most_rows)][:most_rows])
         largest = _centred.logits(sample.astype(np.float64), density).max(axis=0)
         left = np.sum(bounds.of(sample) >= largest - _pruning.MARGIN, axis=0)
         return bounds if left.mean() <= most else None
 
-    def _pruned(self, density: Density) -> SufficientStatistics | None:
-        """Statistics of all rows, computed for few components of each; None where that would not pay."""
-        bounds = self._bounds(density, self.shift)
+    def _most_left(self, k: int, covariance: Covariance, form: Form) -> float:
+        """How many of a row's components pruning may leave and take no longer than this form does for all k."""
+        d = self.rows.shape[1]
+        if k == 1 or QUADRATIC[covariance.quadratic].number(d) <= d:
+            return 0
+        least, square, other = PRUNED_FLOPS
+        component = least + square * d * d
+        if form == CENTRED:
+            flops = CENTRED_PART * k * component
+        else:
+            # Products with few components are slow, and half as fast in float64.
+            flops = 4 * (k + 8) * self._n_features(covariance) * form.dtype.itemsize / 4
+        return (flops - other * k) / component
+
+    def _pruned(self, density: Density, form: Form) -> SufficientStatistics | None:
+        """Statistics of all rows, computed for few components of each; None where this form takes less time."""
+        bounds = self._bounds(density, self.shift, form)
         if bounds is None:
             return None
         k = len(density.means)
@@ -260,7 +277,8 @@ class Block:
         shift = density.middle.astype(self._dtype).astype(np.float64)
         out = np.empty((self.rows.shape[0], *shape), dtype=dtype)
         with one_blas_thread():
-            bounds = self._bounds(density, shift)
+            form = _guard.choose(self.forms(covariance), density, shift)[0][0]
+            bounds = self._bounds(density, shift, form)
             if bounds is not None:
 
                 def prune(slab: slice) -> None:
@@ -268,7 +286,6 @@ class Block:
 
                 self._run(prune, k, width, self._grouped_rows(k))
                 return out
-            form = _guard.choose(self.forms(covariance), density, shift)[0][0]
 
             def centre(rows: slice) -> None:
                 for part in _within(rows, _centred.block_rows(density)):
