@@ -63,7 +63,7 @@ MOST_PRODUCTS = {_guard.FLOAT32: 2**15, _guard.FLOAT64: 2**13}
 SUMMED_ROWS = 256
 # An E-step of so many floating-point operations is compiled, where Numba is installed: loading it takes 0.4 s, and
 # compiling it some seconds, once.
-COMPILED_FLOPS = 4 * 10**8
+COMPILED_FLOPS = 10**8
 # exp below it is subnormal, or about to be; such responsibilities are exactly zero.
 FLOOR = {np.dtype(np.float32): -80.0, np.dtype(np.float64): -690.0}
 
