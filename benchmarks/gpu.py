@@ -471,7 +471,7 @@ def single_kernels(bench: Bench, blobs: Blobs, data: kernels.Data, covariance_ty
         step = partial(em.step.expect, operands)
         kernel(bench, f"{label}: {name}", blobs.shape, step, work.tensor_flops, work.bytes)
         logits = work.tensor_flops / (2 if em.step.fused(k) else 3)
-        moved = n * (4 * _sizes.multiple(d, 16) + 8 + 4 * (kind == "norm"))
+        moved = n * (4 * _sizes.multiple(d, 16) + 4 + 4 * (kind == "norm"))
         log_prob = partial(em.step.normalize, operands)
         kernel(bench, f"{label}: log_prob, log-sum-exp", blobs.shape, log_prob, logits, moved)
         statistics_ = step()[0]
@@ -512,14 +512,14 @@ def chunk_kernels(
     one = work.flops / 2
     ld = _sizes.multiple(d, 16)
     logits = step._logits(operands, start, rows, step.never)
-    normalizer, labels = step._rooms()
+    normalizer = step._room(step.data.dtype)
     log_prob = partial(step._logits, operands, start, rows, step.never)
     kernel(bench, f"{label}: log_prob", shape, log_prob, 3 * one, 4 * rows * (ld + k))
-    normalize = partial(step._normalize, logits, normalizer, labels, start, step.never)
-    kernel(bench, f"{label}: log-sum-exp", shape, normalize, 0, 4 * rows * (k + 2))
+    normalize = partial(step._normalize, logits, normalizer, start, step.never)
+    kernel(bench, f"{label}: log-sum-exp", shape, normalize, 0, 4 * rows * (k + 1))
     normalize()
     scatter = partial(step._scatter, operands.centres, logits, normalizer, None, start, rows, step.never, None)
-    moved = work.bytes - 12 * rows - 4 * rows * ld + 4 * rows * k
+    moved = work.bytes - 8 * rows - 4 * rows * ld + 4 * rows * k
     kernel(bench, f"{label}: weighted covariance", shape, scatter, work.tensor_flops - 3 * one, moved)
     return scatter()
 

@@ -87,7 +87,7 @@ def _logits_kernel(
 def _normalize_kernel(
     stop, logits, weight, normalizer, labels, evidence, start, n, k, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Log-normalisers, likeliest components and log-likelihood of a block of rows of the chunk."""
+    """Log-normalisers and log-likelihood of a block of rows of the chunk; or their likeliest components."""
     if tl.load(stop) != 0:
         return
     here = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -100,18 +100,22 @@ def _normalize_kernel(
         mask = (components < k)[:, None] & valid[None, :]
         tile = tl.load(logits + components.to(tl.int64)[:, None] * n + here[None, :], mask=mask, other=-1e30)
         top = tl.max(tile, axis=0)
-        of_tile = tl.min(tl.where(tile == top[None, :], components[:, None], 2147483647), axis=0)
-        likeliest = tl.where(top > largest, of_tile, likeliest)
         new = tl.maximum(largest, top)
-        total = total * tl.exp2(largest - new) + tl.sum(tl.exp2(tile - new[None, :]), axis=0)
+        if labels is not None:
+            of_tile = tl.min(tl.where(tile == top[None, :], components[:, None], 2147483647), axis=0)
+            likeliest = tl.where(top > largest, of_tile, likeliest)
+        else:
+            total = total * tl.exp2(largest - new) + tl.sum(tl.exp2(tile - new[None, :]), axis=0)
         largest = new
-    log_total = largest + tl.log2(total)
-    tl.store(normalizer + start + here, log_total, mask=valid)
-    tl.store(labels + start + here, likeliest, mask=valid)
-    weighted = tl.where(valid, log_total, 0).to(tl.float64)
-    if weight is not None:
-        weighted *= tl.load(weight + start + here, mask=valid, other=0)
-    tl.store(evidence + tl.program_id(0), tl.sum(weighted))
+    if labels is not None:
+        tl.store(labels + start + here, likeliest, mask=valid)
+    else:
+        log_total = largest + tl.log2(total)
+        tl.store(normalizer + start + here, log_total, mask=valid)
+        weighted = tl.where(valid, log_total, 0).to(tl.float64)
+        if weight is not None:
+            weighted *= tl.load(weight + start + here, mask=valid, other=0)
+        tl.store(evidence + tl.program_id(0), tl.sum(weighted))
 
 
 @triton.jit(do_not_specialize=["start", "n", "slab", "k"], do_not_specialize_on_alignment=["stop"])
@@ -208,11 +212,11 @@ class Step:
         Columns of the statistics: scatter about the centres, first moments about them, the count.
         """
         stop = self.never if stop is None else stop
-        normalizer, labels = self._rooms()
+        normalizer = self._room(self.data.dtype)
         total, evidence = None, []
         for start, rows in self._chunks(operands.hi.shape[0]):
             logits = self._logits(operands, start, rows, stop)
-            evidence.append(self._normalize(logits, normalizer, labels, start, stop))
+            evidence.append(self._normalize(logits, normalizer, start, stop))
             total = self._scatter(operands.centres, logits, normalizer, None, start, rows, stop, total)
         assert total is not None
         return total, torch.cat(evidence)
@@ -225,21 +229,29 @@ class Step:
         assert total is not None
         return total
 
-    def normalize(self, operands: Operands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-evidence of each row (n,) in units of log 2, its likeliest component, parts of the log-likelihood."""
-        normalizer, labels, evidence = *self._rooms(), []
+    def normalize(self, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-evidence of each row (n,) in units of log 2, and parts of the log-likelihood."""
+        normalizer, evidence = self._room(self.data.dtype), []
         for start, rows in self._chunks(operands.hi.shape[0]):
             logits = self._logits(operands, start, rows, self.never)
-            evidence.append(self._normalize(logits, normalizer, labels, start, self.never))
-        return normalizer, labels, torch.cat(evidence)
+            evidence.append(self._normalize(logits, normalizer, start, self.never))
+        return normalizer, torch.cat(evidence)
+
+    def labels(self, operands: Operands) -> torch.Tensor:
+        """The likeliest component of each row, the first of equals: (n,), int32."""
+        labels = self._room(torch.int32)
+        for start, rows in self._chunks(operands.hi.shape[0]):
+            logits = self._logits(operands, start, rows, self.never)
+            self._launch_normalize(logits, None, labels, None, start, self.never)
+        return labels
 
     def responsibilities(self, operands: Operands) -> torch.Tensor:
         """Posterior probability of each component given the row: (n, k)."""
-        k, (normalizer, labels) = operands.hi.shape[0], self._rooms()
+        k, normalizer = operands.hi.shape[0], self._room(self.data.dtype)
         out = torch.empty((self.data.shape[0], k), dtype=self.data.dtype, device=self.data.hi.device)
         for start, rows in self._chunks(k):
             logits = self._logits(operands, start, rows, self.never)
-            self._normalize(logits, normalizer, labels, start, self.never)
+            self._normalize(logits, normalizer, start, self.never)
             out[start : start + rows] = torch.exp2(logits - normalizer[start : start + rows]).T
         return out
 
@@ -265,24 +277,30 @@ class Step:
         return logits
 
     def _normalize(
+        self, logits: torch.Tensor, normalizer: torch.Tensor, start: int, stop: torch.Tensor
+    ) -> torch.Tensor:
+        n_blocks = -(-logits.shape[1] // NORMALIZED_ROWS)
+        evidence = torch.empty(n_blocks, dtype=torch.float64, device=logits.device)
+        self._launch_normalize(logits, normalizer, None, evidence, start, stop)
+        return evidence
+
+    def _launch_normalize(
         self,
         logits: torch.Tensor,
-        normalizer: torch.Tensor,
-        labels: torch.Tensor,
+        normalizer: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        evidence: torch.Tensor | None,
         start: int,
         stop: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> None:
         k, rows = logits.shape
-        n_blocks = -(-rows // NORMALIZED_ROWS)
-        evidence = torch.empty(n_blocks, dtype=torch.float64, device=logits.device)
         launch(
             _normalize_kernel,
-            (n_blocks,),
+            (-(-rows // NORMALIZED_ROWS),),
             *(stop, logits, self.data.weight, normalizer, labels, evidence, start, rows, k),
             BLOCK_K=16,
             BLOCK_N=NORMALIZED_ROWS,
         )
-        return evidence
 
     def _scatter(
         self,
@@ -309,10 +327,9 @@ class Step:
         )
         return add_up(sums, stop, total)
 
-    def _rooms(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Room for log-normalisers and labels."""
-        n, device = self.data.shape[0], self.data.hi.device
-        return torch.empty(n, dtype=self.data.dtype, device=device), torch.empty(n, dtype=torch.int32, device=device)
+    def _room(self, dtype: torch.dtype) -> torch.Tensor:
+        """Room for a number of each row."""
+        return torch.empty(self.data.shape[0], dtype=dtype, device=self.data.hi.device)
 
     def _tiles(self) -> dict[str, int]:
         return centred_tiles(self.data.exact, self.data.shape[1])

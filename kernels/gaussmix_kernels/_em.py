@@ -122,13 +122,13 @@ class EM:
 
     def log_evidence(self, density: Density) -> torch.Tensor:
         """Log-density of each row under the mixture: (n,), float64."""
-        normalizer, _, _ = self.step.normalize(self._start(density)[1])
+        normalizer, _ = self.step.normalize(self._start(density)[1])
         shared: torch.Tensor | float = self.type.shared_log_density(density, self.data)
         return normalizer.to(torch.float64) * LOG_2 + shared
 
     def labels(self, density: Density) -> torch.Tensor:
         """The likeliest component of each row: (n,), int32."""
-        return self.step.normalize(self._start(density)[1])[1]
+        return self.step.labels(self._start(density)[1])
 
     def responsibilities(self, density: Density) -> torch.Tensor:
         """Posterior probability of each component given the row: (n, k)."""

@@ -7,8 +7,9 @@ x' (diag), its products x'_i x'_j, i <= j (full).
 
     accumulate          statistics of a slab of rows, in one read of the data: logits, softmax and the second product
                         without leaving the chip. 2 products of 2 n k F flops each (3 tensor-core products for one)
-    normalize           log-normaliser and likeliest component of each row, where components x features are too many for
-                        the chip; `accumulate` and `responsibilities` then compute the logits once more
+    normalize           log-normaliser of each row, where components x features are too many for the chip; `accumulate`
+                        and `responsibilities` then compute the logits once more
+    labels              likeliest component of each row: the same kernel without exponentials
     responsibilities    (n, k), for those who ask for it
 
 Logits are in units of log 2, components by rows: (k, b). Statistics are float32 sums over a slab of at most 4096 rows,
@@ -256,7 +257,7 @@ def _normalize_kernel(
     BLOCK_N: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Log-normaliser of a block of rows, in units of log 2, their likeliest components and their log-likelihood."""
+    """Log-normaliser of a block of rows, in units of log 2, and their log-likelihood; or their likeliest components."""
     if tl.load(stop) != 0:
         return
     dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
@@ -272,19 +273,23 @@ def _normalize_kernel(
             x, factors, components, k, rows, valid, n_products, widths, KIND, D, Q, BLOCK_K, BLOCK_D, BLOCK_N, EXACT
         )
         here = tl.max(logits, axis=0)
-        # The first of equals: the least component among those that reach the largest logit.
-        of_tile = tl.min(tl.where(logits == here[None, :], components[:, None], 2147483647), axis=0)
-        likeliest = tl.where(here > largest, of_tile, likeliest)
         new = tl.maximum(largest, here)
-        total = total * tl.exp2(largest - new) + tl.sum(tl.exp2(logits - new[None, :]), axis=0)
+        if labels is not None:
+            # The first of equals: the least component among those that reach the largest logit.
+            of_tile = tl.min(tl.where(logits == here[None, :], components[:, None], 2147483647), axis=0)
+            likeliest = tl.where(here > largest, of_tile, likeliest)
+        else:
+            total = total * tl.exp2(largest - new) + tl.sum(tl.exp2(logits - new[None, :]), axis=0)
         largest = new
-    log_total = largest + tl.log2(total)
-    tl.store(normalizer + rows, log_total, mask=valid)
-    tl.store(labels + rows, likeliest, mask=valid)
-    weighted = tl.where(valid, log_total, 0).to(tl.float64)
-    if weight is not None:
-        weighted *= tl.load(weight + rows, mask=valid, other=0)
-    tl.store(evidence + tl.program_id(0), tl.sum(weighted))
+    if labels is not None:
+        tl.store(labels + rows, likeliest, mask=valid)
+    else:
+        log_total = largest + tl.log2(total)
+        tl.store(normalizer + rows, log_total, mask=valid)
+        weighted = tl.where(valid, log_total, 0).to(tl.float64)
+        if weight is not None:
+            weighted *= tl.load(weight + rows, mask=valid, other=0)
+        tl.store(evidence + tl.program_id(0), tl.sum(weighted))
 
 
 @triton.jit(do_not_specialize=["n", "k", "n_products"])
@@ -348,41 +353,34 @@ class Step:
         if self.fused(k):
             evidence = torch.empty(self._slabs(k)[1], dtype=torch.float64, device=self.data.hi.device)
             return self._accumulate(operands, k, None, None, evidence, stop), evidence
-        normalizer, _, evidence = self.normalize(operands, stop)
+        normalizer, evidence = self.normalize(operands, stop)
         return self._accumulate(operands, k, normalizer, None, None, stop), evidence
 
     def assign(self, labels: torch.Tensor, k: int) -> torch.Tensor:
         """Statistics (k, width + 2), float64, with each row in the component of its label (n,), int32."""
         return self._accumulate(None, k, None, labels, None, None)
 
-    def normalize(
-        self, operands: Operands, stop: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-evidence of each row (n,) in units of log 2, its likeliest component, parts of the log-likelihood."""
-        data, (n, _) = self.data, self.data.shape
-        k = operands.hi.shape[0]
-        tile = self._tiles("normalize", k)
-        n_blocks = -(-n // tile["BLOCK_N"])
-        normalizer = torch.empty(n, dtype=data.dtype, device=data.hi.device)
-        labels = torch.empty(n, dtype=torch.int32, device=data.hi.device)
+    def normalize(self, operands: Operands, stop: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-evidence of each row (n,) in units of log 2, and parts of the log-likelihood."""
+        data, k = self.data, operands.hi.shape[0]
+        n_blocks = -(-data.shape[0] // self._tiles("normalize", k)["BLOCK_N"])
+        normalizer = torch.empty(data.shape[0], dtype=data.dtype, device=data.hi.device)
         evidence = torch.empty(n_blocks, dtype=torch.float64, device=data.hi.device)
-        launch(
-            _normalize_kernel,
-            (n_blocks,),
-            *(self._stop(stop), self._inputs(), self._factors(operands)),
-            *(normalizer, labels, evidence, n, k, *self._sizes()),
-            KIND=self.features.kind,
-            EXACT=data.exact,
-            **tile,
-        )
-        return normalizer, labels, evidence
+        self._normalize(operands, normalizer, None, evidence, stop)
+        return normalizer, evidence
+
+    def labels(self, operands: Operands) -> torch.Tensor:
+        """The likeliest component of each row, the first of equals: (n,), int32."""
+        labels = torch.empty(self.data.shape[0], dtype=torch.int32, device=self.data.hi.device)
+        self._normalize(operands, None, labels, None, None)
+        return labels
 
     def responsibilities(self, operands: Operands) -> torch.Tensor:
         """Posterior probability of each component given the row: (n, k)."""
         data, (n, _) = self.data, self.data.shape
         k = operands.hi.shape[0]
         tile = self._tiles("normalize", k)
-        normalizer, _, _ = self.normalize(operands)
+        normalizer, _ = self.normalize(operands)
         out = torch.empty((n, k), dtype=data.dtype, device=data.hi.device)
         launch(
             _responsibilities_kernel,
@@ -393,6 +391,27 @@ class Step:
             **tile,
         )
         return out
+
+    def _normalize(
+        self,
+        operands: Operands,
+        normalizer: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        evidence: torch.Tensor | None,
+        stop: torch.Tensor | None,
+    ) -> None:
+        data, (n, _) = self.data, self.data.shape
+        k = operands.hi.shape[0]
+        tile = self._tiles("normalize", k)
+        launch(
+            _normalize_kernel,
+            (-(-n // tile["BLOCK_N"]),),
+            *(self._stop(stop), self._inputs(), self._factors(operands)),
+            *(normalizer, labels, evidence, n, k, *self._sizes()),
+            KIND=self.features.kind,
+            EXACT=data.exact,
+            **tile,
+        )
 
     def _accumulate(
         self,

@@ -28,7 +28,7 @@ def nearest(data: Data, centroids: torch.Tensor) -> torch.Tensor:
         data.exact,
         step.never,
     )
-    return step.normalize(operands)[1]
+    return step.labels(operands)
 
 
 def sums(data: Data, labels: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

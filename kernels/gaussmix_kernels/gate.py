@@ -121,6 +121,7 @@ def launch_all(case: Case) -> None:
     fill_operands(operands, natural, room(1), case.exact, em.step.never)
     statistics, evidence = em.step.expect(operands)
     em.step.normalize(operands)
+    em.step.labels(operands)
     em.step.responsibilities(operands)
     labels = room(n, dtype=torch.int32)
     em.assign(labels, room(k, d))

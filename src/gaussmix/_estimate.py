@@ -169,9 +169,9 @@ def _features(n: int, d: int, k: int, exact: bool, kind: str) -> _Work:
     partial = ceil(n / _sizes.slab_rows(n, SLAB_TILE)) * k * (features.width + 2) * item
     row = (features.ld + (kind == "norm")) * item
     flops = (2 if fused else 3) * 2 * n * _sizes.multiple(k, block) * features.sums
-    # Unfused: log-normalisers are written and read, labels are written.
-    moved = n * row + 2 * partial + (0 if fused else n * (row + 2 * item + 4))
-    scratch = partial + (0 if fused else n * (item + 4))
+    # Unfused: log-normalisers are written and read.
+    moved = n * row + 2 * partial + (0 if fused else n * (row + 2 * item))
+    scratch = partial + (0 if fused else n * item)
     return _Work(flops, 3 * flops, moved, 2 if fused else 3, scratch, features.width + 2, features.width)
 
 
@@ -188,6 +188,6 @@ def _centred(n: int, d: int, k: int, exact: bool) -> _Work:
     columns = ld * ld + ld + 1
     partial = ceil(chunk / slab) * k * columns * item
     # Rows are read twice; of each chunk, partial sums are written and read, and their total read and written.
-    moved = n * (2 * ld * item + 2 * item + 4) + chunks * (2 * partial + 16 * k * columns)
-    scratch = partial + min(chunks, 2) * k * chunk * item + n * (item + 4)
+    moved = n * (2 * ld * item + 2 * item) + chunks * (2 * partial + 16 * k * columns)
+    scratch = partial + min(chunks, 2) * k * chunk * item + n * item
     return _Work(2 * one, (5 if blocks == 1 else 6) * one, moved, 4 * chunks + 1, scratch, columns, ld * ld)
