@@ -5,8 +5,8 @@ in the cache, with points on the contiguous axis: phi (F, b), logits (k, b). Blo
 run on threads (`_threads`) and are added in order, in float64: the result does not depend on the number of threads.
 
 The forms are features in float32, features in float64, and centred rows in float64 (`_centred`). Full covariances of
-separated components skip all that: `_pruning` computes few components of each row. Where Numba is installed,
-`_compiled` has the forms in features as one call for many rows.
+separated components skip all that where it takes longer: `_pruning` computes few components of each row. Where Numba is
+installed, `_compiled` has the forms in features as one call for many rows.
 """
 
 import math
