@@ -355,7 +355,7 @@ def fit(rows):
     mixture = GaussianMixture(2, random_state=0, init_strategy="random_from_data", trainer_params={"max_epochs": 2})
     return x.nbytes / 2**20, mixture.fit(x).nll_
 
-fit(1000)
+fit(1_000_000)  # has loaded, and compiled, all that the larger file needs
 before = peak()
 size, nll = fit(9_900_000)
 print(size, peak() - before, nll)
@@ -371,5 +371,5 @@ def test_memory_does_not_grow_with_the_file(tmp_path, order):
     assert done.returncode == 0, done.stderr
     size, grown, nll = map(float, done.stdout.split())
     assert size > 600
-    assert grown < 400, f"{grown:.0f} MiB for a file of {size:.0f} MiB"
+    assert grown < 300, f"{grown:.0f} MiB for a file of {size:.0f} MiB"
     assert np.isfinite(nll)
