@@ -6,7 +6,7 @@ BENCH := .venv-bench/bin
 JOBS ?= 2
 PYTEST := -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: help demo test test-base test-array-api test-big test-gpu gate check bench bench-quick bench-gpu bench-scale clean
+.PHONY: help demo test test-base test-array-api test-big test-gpu gate floor check bench bench-quick bench-gpu gpu-report bench-scale clean
 
 help:            ## what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -32,6 +32,9 @@ test-gpu:            ## the kernels' tests with the Python that is active, on th
 gate: $(FULL)/.installed-test            ## compiles every kernel for four GPU architectures; needs no GPU
 	PYTHONPATH=kernels $(FULL)/python -m gaussmix_kernels.gate
 
+floor: $(FULL)/.installed-test            ## what compiled kernels take at least on four GPUs; needs none
+	PYTHONPATH=src:kernels $(FULL)/python benchmarks/floor.py $(ARGS)
+
 check: $(FULL)/.installed-test            ## formatting, lint, types and the direction of imports
 	$(FULL)/ruff format --check .
 	$(FULL)/ruff check .
@@ -46,6 +49,9 @@ bench-quick: $(FULL)/.installed-test            ## small cases, compared with th
 
 bench-gpu:            ## the kernels, EM and its peers on the GPU that the active Python sees; under 8 minutes
 	PYTHONPATH=src:kernels $(PYTHON) benchmarks/gpu.py $(ARGS)
+
+gpu-report:            ## tests, benchmark, profiler and sanitizer on the GPU that the active Python sees; under 9 minutes
+	$(PYTHON) benchmarks/gpu_report.py $(ARGS)
 
 bench-scale: $(FULL)/.installed-test            ## fits of a file of 26 GB, in processes and killed ones; half an hour; rewrites its snapshot
 	$(FULL)/python benchmarks/scale.py --output benchmarks/snapshots/scale-cpu.json $(ARGS)

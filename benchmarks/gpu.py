@@ -92,6 +92,7 @@ class Bench:
     """Where things run, how long there is, and what has been found."""
 
     device: str
+    budget: float = BUDGET
     began: float = field(default_factory=time.perf_counter)
     found: dict[str, Any] = field(default_factory=dict)
 
@@ -103,7 +104,7 @@ class Bench:
     @property
     def left(self) -> float:
         """Seconds of the budget."""
-        return BUDGET - (time.perf_counter() - self.began)
+        return self.budget - (time.perf_counter() - self.began)
 
     @property
     def rates(self) -> _estimate.Device | None:
@@ -245,6 +246,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="where the snapshot goes; snapshots/<device>.json by default")
     parser.add_argument("--table", type=Path, help="print the tables of this snapshot")
     parser.add_argument("--dry-run", action="store_true", help="try this script out without a GPU")
+    parser.add_argument("--seconds", type=float, default=BUDGET, help="what all of it may take")
     arguments = parser.parse_args()
     if arguments.table:
         print(tables(json.loads(arguments.table.read_text())))
@@ -253,10 +255,10 @@ def main() -> int:
         print(f"gpu.py: {reason}", file=sys.stderr)
         return 2
     warnings.simplefilter("ignore")
-    bench = Bench("cpu" if arguments.dry_run else "cuda")
+    bench = Bench("cpu" if arguments.dry_run else "cuda", arguments.seconds)
     bench.found["machine"] = machine(bench)
     print(json.dumps(bench.found["machine"], indent=1), flush=True)
-    for part in (check, kernels_alone, iterations, from_host, peers):
+    for part in (check, kernels_alone, iterations, split, from_host, peers):
         with bench.attempt(part.__name__):
             part(bench)
         # A process that dies later leaves what was found so far.
@@ -509,18 +511,25 @@ def chunk_kernels(
     (_, d, k), (start, rows) = shape, next(step._chunks(shape[2]))
     shape = (rows, d, k)
     work = _estimate._centred(rows, d, k, False)
-    one = work.flops / 2
     ld = _sizes.multiple(d, 16)
     logits = step._logits(operands, start, rows, step.never)
     normalizer = step._room(step.data.dtype)
     log_prob = partial(step._logits, operands, start, rows, step.never)
-    kernel(bench, f"{label}: log_prob", shape, log_prob, 3 * one, 4 * rows * (ld + k))
+    kernel(
+        bench,
+        f"{label}: log_prob",
+        shape,
+        log_prob,
+        3 * _estimate.centred_flops("logits", rows, d, k, False),
+        4 * rows * (ld + k),
+    )
     normalize = partial(step._normalize, logits, normalizer, start, step.never)
     kernel(bench, f"{label}: log-sum-exp", shape, normalize, 0, 4 * rows * (k + 1))
     normalize()
     scatter = partial(step._scatter, operands.centres, logits, normalizer, None, start, rows, step.never, None)
     moved = work.bytes - 8 * rows - 4 * rows * ld + 4 * rows * k
-    kernel(bench, f"{label}: weighted covariance", shape, scatter, work.tensor_flops - 3 * one, moved)
+    products = 3 * _estimate.centred_flops("scatter", rows, d, k, False)
+    kernel(bench, f"{label}: weighted covariance", shape, scatter, products, moved)
     return scatter()
 
 
@@ -554,6 +563,30 @@ def iteration(bench: Bench, blobs: Blobs, covariance_type: str) -> None:
     if not bench.dry:
         row["memory_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
     bench.add("iterations", **row)
+
+
+def split(bench: Bench) -> None:
+    """What each kernel of an iteration takes, as the profiler sees it."""
+    activity = torch.profiler.ProfilerActivity.CPU if bench.dry else torch.profiler.ProfilerActivity.CUDA
+    for shape in [DRY] if bench.dry else TARGETS:
+        if bench.left < FOR_PEERS:
+            bench.skip(f"split of {list(shape)}", "no time left")
+            continue
+        with bench.attempt(f"split of {list(shape)}"):
+            blobs = Blobs.of(shape, bench.device)
+            for covariance_type in filter(bench.is_right, TYPES):
+                run, often = ours(blobs, covariance_type), 1 if bench.dry else 4
+                run(often)
+                with torch.profiler.profile(activities=[activity]) as profile:
+                    run(often)
+                    bench.synchronize()
+                for event in profile.key_averages():
+                    total = event.self_cpu_time_total if bench.dry else event.self_device_time_total
+                    row = dict(shape=list(shape), type=covariance_type, kernel=event.key[:60])
+                    if total:
+                        bench.found.setdefault("split", []).append(
+                            row | dict(launches=event.count / often, ms=total / 1e3 / often)
+                        )
 
 
 def ours(blobs: Blobs, covariance_type: str) -> Callable[[int], Any]:
@@ -838,6 +871,17 @@ def tables(snapshot: dict[str, Any]) -> str:
             ],
         ),
     ]
+    of_kernels = sorted(snapshot.get("split", []), key=lambda row: (row["shape"], row["type"], -row["ms"]))
+    parts.append(
+        table(
+            ["kernels of an iteration", "type", "kernel", "launches", "ms"],
+            [
+                [row[key] for key in ("shape", "type", "kernel", "launches", "ms")]
+                for row in of_kernels
+                if row["ms"] > 1e-3
+            ],
+        )
+    )
     host = ("ms", "copies_ms", "passing_ms", "there_ms", "share", "memory_mb")
     parts.append(
         table(

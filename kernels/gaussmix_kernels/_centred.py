@@ -4,8 +4,7 @@
 
     logits       (k, rows of a chunk). 2 n k d^2 flops, less the zero blocks of the triangle; 3 products for one
     normalize    log-sum-exp over the components of a chunk; 8 bytes a logit, from the L2 cache
-    scatter      S_k, first moments and counts of a slab. 2 n k d^2 flops; the product of the two halves of Z is
-                 computed once and added with its transpose
+    scatter      S_k, first moments and counts of a slab. 2 n k d^2 flops
 
 A chunk of rows is as long as its logits stay in the L2 cache. Sums of slabs are added in float64, in a fixed order.
 """
@@ -17,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gaussmix_kernels._features import Operands, _add_product, _joined, _split
+from gaussmix_kernels._features import Operands, _add_product, _joined, _product, _split
 from gaussmix_kernels._launch import launch
 from gaussmix_kernels._prepass import Data
 from gaussmix_kernels._sizes import PROGRAMS, centred_tiles, chunk_rows, slab_rows
@@ -27,18 +26,30 @@ NORMALIZED_ROWS = 128
 
 
 @triton.jit
-def _centred_rows(hi, lo, centres, component, rows, valid, columns, ld, EXACT: tl.constexpr):
-    """X' - mu' of these features: rows x features."""
-    inside = columns < ld
-    mask = valid[:, None] & inside[None, :]
+def _rows(hi, lo, rows, valid, columns, ld, EXACT: tl.constexpr):
+    """X' of these features, zero beyond the rows and features that there are: rows x features."""
+    mask = valid[:, None] & (columns < ld)[None, :]
     at = rows[:, None] * ld + columns[None, :]
     x_hi = tl.load(hi + at, mask=mask, other=0)
-    x = _joined(x_hi, x_hi if EXACT else tl.load(lo + at, mask=mask, other=0), EXACT)
-    centre = tl.load(centres + component * ld + columns, mask=inside, other=0).to(x.dtype)
-    return tl.where(mask, x - centre[None, :], 0)
+    return _joined(x_hi, x_hi if EXACT else tl.load(lo + at, mask=mask, other=0), EXACT)
 
 
-@triton.jit(do_not_specialize=["start", "n"], do_not_specialize_on_alignment=["stop"])
+@triton.jit
+def _factor_block(u_hi, u_lo, component, left, right, ld, BLOCK_D: tl.constexpr):
+    """A block of U'."""
+    rows, columns = left * BLOCK_D + tl.arange(0, BLOCK_D), right * BLOCK_D + tl.arange(0, BLOCK_D)
+    at = component * ld * ld + rows[:, None] * ld + columns[None, :]
+    mask = (rows < ld)[:, None] & (columns < ld)[None, :]
+    return tl.load(u_hi + at, mask=mask, other=0), tl.load(u_lo + at, mask=mask, other=0)
+
+
+@triton.jit
+def _centred(x, centres, component, columns, ld):
+    """X' - mu'; of rows that there are not, -mu'."""
+    return x - tl.load(centres + component * ld + columns, mask=columns < ld, other=0)[None, :]
+
+
+@triton.jit(do_not_specialize=["start", "n", "k"], do_not_specialize_on_alignment=["stop"])
 def _logits_kernel(
     stop,
     hi,
@@ -51,36 +62,66 @@ def _logits_kernel(
     logits,
     start,
     n,
+    k,
     ld,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Log pi_k + log N of a component and a block of rows of the chunk, in units of log 2."""
+    """Log pi_k + log N of a few components and blocks of rows of the chunk, in units of log 2."""
     if tl.load(stop) != 0:
         return
     dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
-    component = tl.program_id(0).to(tl.int64)
-    here = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = here < n
-    square = tl.zeros([BLOCK_N], dtype)
-    for right in tl.static_range(0, D, BLOCK_D):
-        whitened = tl.zeros([BLOCK_N, BLOCK_D], dtype)
-        out = right + tl.arange(0, BLOCK_D)
-        # U is upper triangular: blocks below its diagonal are zero.
-        for left in tl.static_range(0, right + BLOCK_D, BLOCK_D):
-            columns = left + tl.arange(0, BLOCK_D)
-            z = _centred_rows(hi, lo, centres, component, start + here, valid, columns, ld, EXACT)
-            z_hi, z_lo = _split(z, EXACT)
-            at = component * ld * ld + columns[:, None] * ld + out[None, :]
-            mask = (columns < ld)[:, None] & (out < ld)[None, :]
-            a_hi = tl.load(u_hi + at, mask=mask, other=0)
-            a_lo = tl.load(u_lo + at, mask=mask, other=0)
-            whitened = _add_product(whitened, z_hi, z_lo, a_hi, a_lo, EXACT)
-        square += tl.sum(whitened * whitened, axis=1)
-    scale = tl.load(unit + component)
-    tl.store(logits + component * n + here, tl.load(constants + component) - square * scale * scale, mask=valid)
+    first = tl.program_id(1).to(tl.int64) * (BLOCKS * BLOCK_N)
+    hi += (start + first) * ld
+    lo += (start + first) * ld
+    last = tl.minimum(n - first, BLOCKS * BLOCK_N).to(tl.int32)
+    # What blocks of rows share is read before: stores keep the compiler from moving loads out of the loop.
+    factors: tl.tuple = ()
+    centre: tl.tuple = ()
+    N_BLOCKS: tl.constexpr = D // BLOCK_D
+    for i in tl.static_range(BLOCK_K):
+        component = tl.minimum(tl.program_id(0) * BLOCK_K + i, k - 1).to(tl.int64)
+        for left in tl.static_range(N_BLOCKS):
+            columns = left * BLOCK_D + tl.arange(0, BLOCK_D)
+            read = tl.load(centres + component * ld + columns, mask=columns < ld, other=0)
+            centre = centre + (read,)  # noqa: RUF005 (Triton has no unpacking)
+        if BLOCKS > 1:
+            for right in tl.static_range(N_BLOCKS):
+                # U is upper triangular: blocks below its diagonal are zero.
+                for left in tl.static_range(right + 1):
+                    factors = factors + _factor_block(u_hi, u_lo, component, left, right, ld, BLOCK_D)
+    for block in range(0, tl.cdiv(last, BLOCK_N)):
+        rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        valid = rows < last
+        x: tl.tuple = ()
+        for left in tl.static_range(N_BLOCKS):
+            tile = _rows(hi, lo, rows, valid, left * BLOCK_D + tl.arange(0, BLOCK_D), ld, EXACT)
+            x = x + (tile,)  # noqa: RUF005
+        for i in tl.static_range(BLOCK_K):
+            component = tl.minimum(tl.program_id(0) * BLOCK_K + i, k - 1).to(tl.int64)
+            square = tl.zeros([BLOCK_N], dtype)
+            for right in tl.static_range(N_BLOCKS):
+                whitened = tl.zeros([BLOCK_N, BLOCK_D], dtype)
+                for left in tl.static_range(right + 1):
+                    z_hi, z_lo = _split(x[left] - centre[i * N_BLOCKS + left][None, :], EXACT)
+                    if BLOCKS > 1:
+                        a_hi = factors[i * N_BLOCKS * (N_BLOCKS + 1) + right * (right + 1) + 2 * left]
+                        a_lo = factors[i * N_BLOCKS * (N_BLOCKS + 1) + right * (right + 1) + 2 * left + 1]
+                    else:
+                        a_hi, a_lo = _factor_block(u_hi, u_lo, component, left, right, ld, BLOCK_D)
+                    if left == 0:
+                        whitened = _product(z_hi, z_lo, a_hi, a_lo, EXACT)
+                    else:
+                        whitened = _add_product(whitened, z_hi, z_lo, a_hi, a_lo, EXACT)
+                square += tl.sum(whitened * whitened, axis=1)
+            scale = tl.load(unit + component)
+            logit = tl.load(constants + component) - square * scale * scale
+            # The last component may be there several times, with the same logits.
+            tl.store(logits + component * n + first + rows, logit, mask=valid)
 
 
 @triton.jit(do_not_specialize=["start", "n", "k"], do_not_specialize_on_alignment=["stop"])
@@ -152,42 +193,40 @@ def _scatter_kernel(
     left_columns = left * BLOCK_D + tl.arange(0, BLOCK_D)
     right_columns = right * BLOCK_D + tl.arange(0, BLOCK_D)
     count = tl.zeros([BLOCK_N], dtype)
-    first_moments = tl.zeros([BLOCK_D], dtype)
+    # A thread holds every sixteenth row: sums of those stay in it, and the rest is added once, at the end.
+    first_moments = tl.zeros([16, BLOCK_D], dtype)
     scatter = tl.zeros([BLOCK_D, BLOCK_D], dtype)
-    halves = tl.zeros([BLOCK_D, BLOCK_D], dtype)
     first = tl.program_id(1).to(tl.int64) * slab
     last = tl.minimum(first + slab, n)
     for block in range(0, tl.cdiv(last - first, BLOCK_N)):
-        here = first + block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-        valid = here < last
-        rows = start + here
+        row = first + block * BLOCK_N
+        rows = tl.arange(0, BLOCK_N)
+        valid = rows < last - row
+        x_hi, x_lo = hi + (start + row) * ld, lo + (start + row) * ld
         if labels is not None:
-            r = tl.where(tl.load(labels + rows, mask=valid, other=-1) == component, 1.0, 0.0).to(dtype)
+            r = tl.where(tl.load(labels + start + row + rows, mask=valid, other=-1) == component, 1.0, 0.0).to(dtype)
         else:
-            logit = tl.load(logits + component * n + here, mask=valid, other=-1e30)
-            r = tl.where(valid, tl.exp2(logit - tl.load(normalizer + rows, mask=valid, other=0)), 0)
+            logit = tl.load(logits + component * n + row + rows, mask=valid, other=-1e30)
+            r = tl.where(valid, tl.exp2(logit - tl.load(normalizer + start + row + rows, mask=valid, other=0)), 0)
         if weight is not None:
-            r *= tl.load(weight + rows, mask=valid, other=0)
+            r *= tl.load(weight + start + row + rows, mask=valid, other=0)
         root = tl.sqrt(r)
-        z = _centred_rows(hi, lo, centres, component, rows, valid, left_columns, ld, EXACT) * root[:, None]
+        x = _rows(x_hi, x_lo, rows, valid, left_columns, ld, EXACT)
+        z = _centred(x, centres, component, left_columns, ld) * root[:, None]
         count += r
-        first_moments += tl.sum(z * root[:, None], axis=0)
+        first_moments += tl.sum(tl.reshape(z * root[:, None], (BLOCK_N // 16, 16, BLOCK_D)), axis=0)
         z_hi, z_lo = _split(z, EXACT)
-        if EXACT or N_BLOCKS > 1:
-            y = _centred_rows(hi, lo, centres, component, rows, valid, right_columns, ld, EXACT) * root[:, None]
+        y_hi, y_lo = z_hi, z_lo
+        if N_BLOCKS > 1:
+            y = _rows(x_hi, x_lo, rows, valid, right_columns, ld, EXACT)
+            y = _centred(y, centres, component, right_columns, ld) * root[:, None]
             y_hi, y_lo = _split(y, EXACT)
-            scatter = _add_product(scatter, tl.trans(z_hi), tl.trans(z_lo), y_hi, y_lo, EXACT)
-        else:
-            half = tl.dot(tl.trans(z_hi), z_lo)
-            halves += half
-            scatter += tl.dot(tl.trans(z_hi), z_hi, half)
-    if not EXACT and N_BLOCKS == 1:
-        scatter += tl.trans(halves)
+        scatter = _add_product(scatter, tl.trans(z_hi), tl.trans(z_lo), y_hi, y_lo, EXACT)
     out = sums + (tl.program_id(1).to(tl.int64) * k + component) * (ld * ld + ld + 1)
     inside = (left_columns < ld)[:, None] & (right_columns < ld)[None, :]
     tl.store(out + left_columns[:, None] * ld + right_columns[None, :], scatter, mask=inside)
     if left == right:
-        tl.store(out + ld * ld + left_columns, first_moments, mask=left_columns < ld)
+        tl.store(out + ld * ld + left_columns, tl.sum(first_moments, axis=0), mask=left_columns < ld)
         if left == 0:
             tl.store(out + ld * ld + ld, tl.sum(count))
     else:
@@ -264,13 +303,13 @@ class Step:
 
     def _logits(self, operands: Operands, start: int, rows: int, stop: torch.Tensor) -> torch.Tensor:
         data, k, ld = self.data, operands.hi.shape[0], self.data.hi.shape[1]
-        tile = self._tiles()
+        tile = self._tiles("logits")
         logits = torch.empty((k, rows), dtype=data.dtype, device=data.hi.device)
         launch(
             _logits_kernel,
-            (k, -(-rows // tile["BLOCK_N"])),
+            (-(-k // tile["BLOCK_K"]), -(-rows // (tile["BLOCKS"] * tile["BLOCK_N"]))),
             *(stop, data.hi, data.lo, operands.centres, operands.hi, operands.lo, operands.unit, operands.constants),
-            *(logits, start, rows, ld),
+            *(logits, start, rows, k, ld),
             EXACT=data.exact,
             **tile,
         )
@@ -314,7 +353,7 @@ class Step:
         total: torch.Tensor | None,
     ) -> torch.Tensor:
         data, (k, ld) = self.data, centres.shape
-        tile = self._tiles()
+        tile = self._tiles("scatter")
         slab = slab_rows(rows, tile["BLOCK_N"], max(1, PROGRAMS // k))
         n_slabs = -(-rows // slab)
         sums = torch.empty((n_slabs, k, ld * ld + ld + 1), dtype=data.dtype, device=data.hi.device)
@@ -331,5 +370,5 @@ class Step:
         """Room for a number of each row."""
         return torch.empty(self.data.shape[0], dtype=dtype, device=self.data.hi.device)
 
-    def _tiles(self) -> dict[str, int]:
-        return centred_tiles(self.data.exact, self.data.shape[1])
+    def _tiles(self, kernel: str) -> dict[str, int]:
+        return centred_tiles(kernel, self.data.exact, self.data.shape[1])

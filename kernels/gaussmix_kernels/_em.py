@@ -67,7 +67,7 @@ class EM:
             found = torch.full((m + 1,), previous, dtype=torch.float64, device=self.data.hi.device)
             for i in range(m):
                 old, new = buffers[i % 2], buffers[(i + 1) % 2]
-                self._iterate(old, new, natural, operands, settings, stop, found, i)
+                self.iterate(old, new, natural, operands, settings, stop, found, i)
             codes, values = torch.stack([stop.to(torch.float64), found]).tolist()
             reason = int(codes[-1])
             # What stops an iteration stands in all later places; the one that converges counts.
@@ -78,7 +78,7 @@ class EM:
                 buffers.reverse()
         return Progress(buffers[0], tuple(bounds), reason)
 
-    def _iterate(
+    def iterate(
         self,
         old: Parameters,
         new: Parameters,
@@ -89,6 +89,7 @@ class EM:
         bounds: torch.Tensor,
         i: int,
     ) -> None:
+        """Iteration i, from `old` to `new`, which fills in stop and bounds [i + 1]; nothing where stop[i] is set."""
         running = stop[i : i + 1]
         statistics, evidence = self.step.expect(operands, running)
         shared = natural.shared.clone()
@@ -113,7 +114,7 @@ class EM:
             return self.step.assign(labels, k)
         natural = Natural.of(k, self.data, self.kind)
         natural.centres[:, :d] = means * self.data.scale
-        return self.step.assign(labels, natural.centres)
+        return self.step.assign(labels, natural.centres.to(self.data.dtype))
 
     def moments(self, statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Counts, first and second moments about the shift (centred rows: about the means), from statistics."""

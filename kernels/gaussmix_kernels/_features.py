@@ -12,8 +12,9 @@ x' (diag), its products x'_i x'_j, i <= j (full).
     labels              likeliest component of each row: the same kernel without exponentials
     responsibilities    (n, k), for those who ask for it
 
-Logits are in units of log 2, components by rows: (k, b). Statistics are float32 sums over a slab of at most 4096 rows,
-stored apart and added in float64 in a fixed order by `_sums`: no atomics, the same bits on every run.
+Logits are in units of log 2, rows by components: a thread then has two to four rows of many components, and softmax
+stays within a warp. Statistics are float32 sums over a slab of at most 4096 rows, stored apart and added in float64 in
+a fixed order by `_sums`: no atomics, the same bits on every run.
 """
 
 from dataclasses import dataclass
@@ -37,19 +38,34 @@ class Operands:
     unit: torch.Tensor  # (k,): the product is to be multiplied with
     constants: torch.Tensor  # (k,), log 2 units
     slopes: torch.Tensor  # (k,): coefficients of |x - shift|^2, log 2 units
-    centres: torch.Tensor  # (k, ld), float64: mu' where x' - mu' is formed
+    centres: torch.Tensor  # (k, ld): mu' where x' - mu' is formed
+
+
+@triton.jit
+def _product(a_hi, a_lo, b_hi, b_lo, EXACT: tl.constexpr):
+    """A @ b; in the default tier without the product of the small halves."""
+    if EXACT:
+        return tl.dot(a_hi, b_hi, out_dtype=tl.float64)
+    else:
+        product = tl.dot(a_lo, b_hi)
+        product = tl.dot(a_hi, b_lo, product)
+        return tl.dot(a_hi, b_hi, product)
 
 
 @triton.jit
 def _add_product(total, a_hi, a_lo, b_hi, b_lo, EXACT: tl.constexpr):
-    """Total + a @ b; in the default tier without the product of the small halves."""
+    """Total + a @ b."""
     if EXACT:
         return tl.dot(a_hi, b_hi, total, out_dtype=tl.float64)
     else:
         # Tensor cores truncate what they add to: the product begins at zero, and is added where sums are rounded.
-        product = tl.dot(a_lo, b_hi)
-        product = tl.dot(a_hi, b_lo, product)
-        return total + tl.dot(a_hi, b_hi, product)
+        return total + _product(a_hi, a_lo, b_hi, b_lo, EXACT)
+
+
+@triton.jit
+def _folded(value):
+    """Sums of pairs of rows that a thread holds: rows / 16 x 8 x components."""
+    return tl.sum(tl.reshape(value, (value.shape[0] // 16, 2, 8, value.shape[1])), axis=1)
 
 
 @triton.jit
@@ -71,9 +87,15 @@ def _joined(hi, lo, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _from_row(x, first, ld):
+    """X' and its squares from a row on: what is counted from there needs 32 bits, and fewer registers."""
+    return x[0] + first * ld, x[1] + first * ld, x[2] + first
+
+
+@triton.jit
 def _columns(x, rows, columns, mask, ld, EXACT: tl.constexpr):
-    """x'_rows,columns as columns x rows."""
-    at = rows[None, :] * ld + columns[:, None]
+    """x'_rows,columns as rows x columns."""
+    at = rows[:, None] * ld + columns[None, :]
     x_hi = tl.load(x[0] + at, mask=mask, other=0)
     if EXACT:
         return x_hi, x_hi
@@ -83,15 +105,15 @@ def _columns(x, rows, columns, mask, ld, EXACT: tl.constexpr):
 
 @triton.jit
 def _second_features(x, pairs, rows, valid, columns, ld, n_products, KIND: tl.constexpr, EXACT: tl.constexpr):
-    """Squares or products as features x rows."""
+    """Squares or products as rows x features."""
     if KIND == "squares":
-        mask = (columns < ld)[:, None] & valid[None, :]
+        mask = valid[:, None] & (columns < ld)[None, :]
         x_hi, x_lo = _columns(x, rows, columns, mask, ld, EXACT)
         joined = _joined(x_hi, x_lo, EXACT)
         return _split(joined * joined, EXACT)
     else:
         real = columns < n_products
-        mask = real[:, None] & valid[None, :]
+        mask = valid[:, None] & real[None, :]
         left = tl.load(pairs + columns, mask=real, other=0)
         right = tl.load(pairs + n_products + columns, mask=real, other=0)
         x_hi, x_lo = _columns(x, rows, left, mask, ld, EXACT)
@@ -102,6 +124,7 @@ def _second_features(x, pairs, rows, valid, columns, ld, n_products, KIND: tl.co
 @triton.jit
 def _logits(
     x,
+    pairs,
     factors,
     components,
     k,
@@ -117,35 +140,37 @@ def _logits(
     BLOCK_N: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Log pi_k + log N of components x rows, in units of log 2; -1e30 where there is no component."""
+    """Log pi_k + log N of rows x components, in units of log 2; -1e30 where there is no component."""
     dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
-    _, _, squares, pairs, _ = x
     w_hi, w_lo, unit, constants, slopes = factors
     ld, width = widths
     real = components < k
-    total = tl.zeros([BLOCK_K, BLOCK_N], dtype)
+    total = tl.zeros([BLOCK_N, BLOCK_K], dtype)
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         inside = columns < ld
-        x_hi, x_lo = _columns(x, rows, columns, inside[:, None] & valid[None, :], ld, EXACT)
-        at = components[:, None] * width + columns[None, :]
-        a_hi = tl.load(w_hi + at, mask=real[:, None] & inside[None, :], other=0)
-        a_lo = tl.load(w_lo + at, mask=real[:, None] & inside[None, :], other=0)
-        total = _add_product(total, a_hi, a_lo, x_hi, x_lo, EXACT)
+        x_hi, x_lo = _columns(x, rows, columns, valid[:, None] & inside[None, :], ld, EXACT)
+        at = components[None, :] * width + columns[:, None]
+        a_hi = tl.load(w_hi + at, mask=inside[:, None] & real[None, :], other=0)
+        a_lo = tl.load(w_lo + at, mask=inside[:, None] & real[None, :], other=0)
+        if D == BLOCK_D:
+            total = _product(x_hi, x_lo, a_hi, a_lo, EXACT)
+        else:
+            total = _add_product(total, x_hi, x_lo, a_hi, a_lo, EXACT)
     if KIND == "squares" or KIND == "products":
         for start in range(0, Q, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
             inside = columns < width - ld
             q_hi, q_lo = _second_features(x, pairs, rows, valid, columns, ld, n_products, KIND, EXACT)
-            at = components[:, None] * width + ld + columns[None, :]
-            a_hi = tl.load(w_hi + at, mask=real[:, None] & inside[None, :], other=0)
-            a_lo = tl.load(w_lo + at, mask=real[:, None] & inside[None, :], other=0)
-            total = _add_product(total, a_hi, a_lo, q_hi, q_lo, EXACT)
-    total *= tl.load(unit + components, mask=real, other=0)[:, None]
-    total += tl.load(constants + components, mask=real, other=-1e30)[:, None]
+            at = components[None, :] * width + ld + columns[:, None]
+            a_hi = tl.load(w_hi + at, mask=inside[:, None] & real[None, :], other=0)
+            a_lo = tl.load(w_lo + at, mask=inside[:, None] & real[None, :], other=0)
+            total = _add_product(total, q_hi, q_lo, a_hi, a_lo, EXACT)
+    total *= tl.load(unit + components, mask=real, other=0)[None, :]
+    total += tl.load(constants + components, mask=real, other=-1e30)[None, :]
     if KIND == "norm":
-        square = tl.load(squares + rows, mask=valid, other=0)
-        total += tl.load(slopes + components, mask=real, other=0)[:, None] * square[None, :]
+        square = tl.load(x[2] + rows, mask=valid, other=0)
+        total += square[:, None] * tl.load(slopes + components, mask=real, other=0)[None, :]
     return total
 
 
@@ -176,16 +201,17 @@ def _accumulate_kernel(
     if tl.load(stop) != 0:
         return
     dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
-    _, _, squares, pairs, weight = x
     ld, width = widths
+    pairs, weight = x[3], x[4]
     # One axis, the only one that is long enough; the tiles of a slab run side by side, and share its rows in the cache.
     n_tiles = tl.cdiv(k, BLOCK_K)
     part = tl.program_id(0) // n_tiles
     components = tl.program_id(0) % n_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
     real = components < k
     columns = tl.arange(0, D)
-    counts = tl.zeros([BLOCK_K], dtype)
-    norms = tl.zeros([BLOCK_K], dtype)
+    # Added up over rows at the end, once, and not in every block.
+    counts = tl.zeros([BLOCK_N // 16, 8, BLOCK_K], dtype)
+    norms = tl.zeros([BLOCK_N // 16, 8, BLOCK_K], dtype)
     first_moments = tl.zeros([BLOCK_K, D], dtype)
     if KIND == "squares" or KIND == "products":
         second_columns = tl.arange(0, Q)
@@ -193,42 +219,63 @@ def _accumulate_kernel(
     log_likelihood = tl.zeros([BLOCK_N], tl.float64)
     first = part.to(tl.int64) * slab
     last = tl.minimum(first + slab, n)
+    rows = tl.arange(0, BLOCK_N)
     for block in range(0, tl.cdiv(last - first, BLOCK_N)):
-        rows = first + block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-        valid = rows < last
+        row = first + block * BLOCK_N
+        here = _from_row(x, row, ld)
+        valid = rows < last - row
         if weight is not None:
-            w = tl.load(weight + rows, mask=valid, other=0)
+            w = tl.load(weight + row + rows, mask=valid, other=0)
         else:
             w = tl.where(valid, 1.0, 0.0).to(dtype)
         if labels is not None:
-            label = tl.load(labels + rows, mask=valid, other=-1)
-            r = tl.where(components[:, None] == label[None, :], w[None, :] * R_SCALE, 0.0)
+            label = tl.load(labels + row + rows, mask=valid, other=-1)
+            r = tl.where(label[:, None] == components[None, :], w[:, None] * R_SCALE, 0.0)
         else:
             logits = _logits(
-                x, factors, components, k, rows, valid, n_products, widths, KIND, D, Q, BLOCK_K, BLOCK_D, BLOCK_N, EXACT
+                here,
+                pairs,
+                factors,
+                components,
+                k,
+                rows,
+                valid,
+                n_products,
+                widths,
+                KIND,
+                D,
+                Q,
+                BLOCK_K,
+                BLOCK_D,
+                BLOCK_N,
+                EXACT,
             )
             if normalizer is not None:
-                r = tl.exp2(logits - tl.load(normalizer + rows, mask=valid, other=0)[None, :]) * (w * R_SCALE)[None, :]
+                r = (
+                    tl.exp2(logits - tl.load(normalizer + row + rows, mask=valid, other=0)[:, None])
+                    * (w * R_SCALE)[:, None]
+                )
             else:
-                largest = tl.max(logits, axis=0)
-                r = tl.exp2(logits - largest[None, :])
-                total = tl.sum(r, axis=0)
-                r *= (w * R_SCALE / total)[None, :]
+                largest = tl.max(logits, axis=1)
+                r = tl.exp2(logits - largest[:, None])
+                total = tl.sum(r, axis=1)
+                r *= (w * R_SCALE / total)[:, None]
                 log_likelihood += w * (largest + tl.log2(total))
-        counts += tl.sum(r, axis=1)
+        counts += _folded(r)
         r_hi, r_lo = _split(r, EXACT)
-        mask = (columns < ld)[:, None] & valid[None, :]
-        x_hi, x_lo = _columns(x, rows, columns, mask, ld, EXACT)
-        first_moments = _add_product(first_moments, r_hi, r_lo, tl.trans(x_hi), tl.trans(x_lo), EXACT)
+        r_hi, r_lo = tl.trans(r_hi), tl.trans(r_lo)
+        mask = valid[:, None] & (columns < ld)[None, :]
+        x_hi, x_lo = _columns(here, rows, columns, mask, ld, EXACT)
+        first_moments = _add_product(first_moments, r_hi, r_lo, x_hi, x_lo, EXACT)
         if KIND == "norm":
-            square = tl.load(squares + rows, mask=valid, other=0)
-            norms += tl.sum(r * square[None, :], axis=1)
+            square = tl.load(here[2] + rows, mask=valid, other=0)
+            norms += _folded(r * square[:, None])
         if KIND == "squares" or KIND == "products":
-            q_hi, q_lo = _second_features(x, pairs, rows, valid, second_columns, ld, n_products, KIND, EXACT)
-            second_moments = _add_product(second_moments, r_hi, r_lo, tl.trans(q_hi), tl.trans(q_lo), EXACT)
+            q_hi, q_lo = _second_features(here, pairs, rows, valid, second_columns, ld, n_products, KIND, EXACT)
+            second_moments = _add_product(second_moments, r_hi, r_lo, q_hi, q_lo, EXACT)
     out = sums + (part.to(tl.int64) * k + components) * (width + 2)
-    tl.store(out + width, counts, mask=real)
-    tl.store(out + width + 1, norms, mask=real)
+    tl.store(out + width, tl.sum(tl.sum(counts, axis=0), axis=0), mask=real)
+    tl.store(out + width + 1, tl.sum(tl.sum(norms, axis=0), axis=0), mask=real)
     tl.store(out[:, None] + columns[None, :], first_moments, mask=real[:, None] & (columns < ld)[None, :])
     if KIND == "squares" or KIND == "products":
         mask = real[:, None] & (second_columns < width - ld)[None, :]
@@ -261,34 +308,50 @@ def _normalize_kernel(
     if tl.load(stop) != 0:
         return
     dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
-    weight = x[4]
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = rows < n
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N
+    here, pairs, weight = _from_row(x, row, widths[0]), x[3], x[4]
+    rows = tl.arange(0, BLOCK_N)
+    valid = rows < n - row
     largest = tl.full([BLOCK_N], -float("inf"), dtype)
     total = tl.zeros([BLOCK_N], dtype)
     likeliest = tl.zeros([BLOCK_N], tl.int32)
     for start in range(0, k, BLOCK_K):
         components = start + tl.arange(0, BLOCK_K)
         logits = _logits(
-            x, factors, components, k, rows, valid, n_products, widths, KIND, D, Q, BLOCK_K, BLOCK_D, BLOCK_N, EXACT
+            here,
+            pairs,
+            factors,
+            components,
+            k,
+            rows,
+            valid,
+            n_products,
+            widths,
+            KIND,
+            D,
+            Q,
+            BLOCK_K,
+            BLOCK_D,
+            BLOCK_N,
+            EXACT,
         )
-        here = tl.max(logits, axis=0)
-        new = tl.maximum(largest, here)
+        top = tl.max(logits, axis=1)
+        new = tl.maximum(largest, top)
         if labels is not None:
             # The first of equals: the least component among those that reach the largest logit.
-            of_tile = tl.min(tl.where(logits == here[None, :], components[:, None], 2147483647), axis=0)
-            likeliest = tl.where(here > largest, of_tile, likeliest)
+            of_tile = tl.min(tl.where(logits == top[:, None], components[None, :], 2147483647), axis=1)
+            likeliest = tl.where(top > largest, of_tile, likeliest)
         else:
-            total = total * tl.exp2(largest - new) + tl.sum(tl.exp2(logits - new[None, :]), axis=0)
+            total = total * tl.exp2(largest - new) + tl.sum(tl.exp2(logits - new[:, None]), axis=1)
         largest = new
     if labels is not None:
-        tl.store(labels + rows, likeliest, mask=valid)
+        tl.store(labels + row + rows, likeliest, mask=valid)
     else:
         log_total = largest + tl.log2(total)
-        tl.store(normalizer + rows, log_total, mask=valid)
+        tl.store(normalizer + row + rows, log_total, mask=valid)
         weighted = tl.where(valid, log_total, 0).to(tl.float64)
         if weight is not None:
-            weighted *= tl.load(weight + rows, mask=valid, other=0)
+            weighted *= tl.load(weight + row + rows, mask=valid, other=0)
         tl.store(evidence + tl.program_id(0), tl.sum(weighted))
 
 
@@ -312,15 +375,32 @@ def _responsibilities_kernel(
 ):
     """exp(logit - log-normaliser) of a tile: rows x components."""
     n_tiles = tl.cdiv(k, BLOCK_K)
-    rows = (tl.program_id(0) // n_tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = rows < n
+    row = (tl.program_id(0) // n_tiles).to(tl.int64) * BLOCK_N
+    here, pairs = _from_row(x, row, widths[0]), x[3]
+    rows = tl.arange(0, BLOCK_N)
+    valid = rows < n - row
     components = tl.program_id(0) % n_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
     logits = _logits(
-        x, factors, components, k, rows, valid, n_products, widths, KIND, D, Q, BLOCK_K, BLOCK_D, BLOCK_N, EXACT
+        here,
+        pairs,
+        factors,
+        components,
+        k,
+        rows,
+        valid,
+        n_products,
+        widths,
+        KIND,
+        D,
+        Q,
+        BLOCK_K,
+        BLOCK_D,
+        BLOCK_N,
+        EXACT,
     )
-    r = tl.exp2(logits - tl.load(normalizer + rows, mask=valid, other=0)[None, :])
-    at = rows[None, :] * k + components[:, None]
-    tl.store(out + at, r, mask=(components < k)[:, None] & valid[None, :])
+    r = tl.exp2(logits - tl.load(normalizer + row + rows, mask=valid, other=0)[:, None])
+    at = rows[:, None] * k + components[None, :]
+    tl.store(out + row * k + at, r, mask=valid[:, None] & (components < k)[None, :])
 
 
 @dataclass(frozen=True)

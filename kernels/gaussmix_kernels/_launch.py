@@ -9,14 +9,15 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-# What the compile gate shows compiled kernels to; None while kernels run.
-Seen = Callable[[Any, dict[str, Any], Any], None]
+# What gets compiled kernels where none run: a kernel, its grid, its arguments by name, the compiler's options, and what
+# it compiled to.
+Seen = Callable[[Any, tuple[int, ...], dict[str, Any], dict[str, Any], Any], None]
 _seen: Seen | None = None
 
 
 @contextmanager
 def compiling(seen: Seen) -> Iterator[None]:
-    """Within it, launches compile and run nothing; `seen` gets each kernel, its settings, and what it compiled to."""
+    """Within it, launches compile and run nothing; `seen` is called with each."""
     global _seen
     _seen = seen
     try:
@@ -31,7 +32,8 @@ def launch(
     """Run a kernel on the device of its first tensor."""
     options = {} if INTERPRETED else dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
     if _seen is not None:
-        _seen(kernel, options | meta, kernel.warmup(*args, grid=grid, **options, **meta))
+        compiled = kernel.warmup(*args, grid=grid, **options, **meta)
+        _seen(kernel, grid, dict(zip(kernel.arg_names, args, strict=False)) | meta, options, compiled)
         return
     tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
     if tensor.device.type != "cuda":

@@ -116,20 +116,19 @@ class Settings:
 
 
 @triton.jit
-def inverse_cholesky(a, size, D: tl.constexpr):
-    """L^-1 with L L^T = a (D, D), whose padding is the identity; sum of log diag L; 1 where a pivot is rounding."""
+def _inverse_cholesky(a, diagonal, d, D: tl.constexpr):
+    """L^-1 with L L^T = a (D, D); sum of log diag L; 1 where a pivot is what rounding leaves of the `diagonal`."""
     index = tl.arange(0, D)
-    diagonal = tl.sum(tl.where(index[:, None] == index[None, :], a, 0.0), axis=1)
     inverse = tl.where(index[:, None] == index[None, :], 1.0, 0.0).to(tl.float64)
     log_det = tl.sum(tl.zeros([D], tl.float64))
     singular = tl.sum(tl.zeros([D], tl.int32))
-    for step in range(0, size):
+    for step in range(0, D):
         own = index == step
         row = tl.sum(tl.where(own[:, None], a, 0.0), axis=0)
         inverse_row = tl.sum(tl.where(own[:, None], inverse, 0.0), axis=0)
         column = tl.sum(tl.where(own[None, :], a, 0.0), axis=1)
         pivot = tl.sum(tl.where(own, row, 0.0))
-        least = size * EPS * tl.sum(tl.where(own, diagonal, 0.0))
+        least = d * EPS * tl.sum(tl.where(own, diagonal, 0.0))
         regular = pivot > least
         singular = tl.where(regular, singular, 1)
         reciprocal = 1 / tl.where(regular, pivot, 1.0)
@@ -152,7 +151,7 @@ def factor(
             (k,),
             *(stop, covariances, factors, log_det, singular, d),
             D=padded(d),
-            num_warps=8 if d > 32 else 4,
+            BLOCK=16,
         )
         return
     # Does not look at `stop`: where that is set, it makes the same factors of the same covariances once more.
@@ -167,20 +166,48 @@ def factor(
 
 
 @triton.jit(do_not_specialize=["d"], do_not_specialize_on_alignment=["stop"])
-def _factor_kernel(stop, covariances, factors, log_det, singular, d, D: tl.constexpr):
+def _factor_kernel(stop, covariances, factors, log_det, singular, d, D: tl.constexpr, BLOCK: tl.constexpr):
+    """U = L^-T by blocks of columns, in place: what is left of Sigma below the diagonal, U above it.
+
+    The inverse factor M of a block on the diagonal makes L of what is below it and U of what is above, both times M^T;
+    columns further right lose their product with L.
+    """
     if tl.load(stop) != 0:
         return
     component = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, D)
-    inside = (columns < d)[:, None] & (columns < d)[None, :]
-    eye = tl.where(columns[:, None] == columns[None, :], 1.0, 0.0)
-    at = component * d * d + columns[:, None] * d + columns[None, :]
-    sigma = tl.where(inside, tl.load(covariances + at, mask=inside, other=0), eye)
-    inverse, log_of_det, is_singular = inverse_cholesky(sigma, d, D)
-    # L^-1 has the columns of U as rows.
-    tl.store(factors + component * d * d + columns[None, :] * d + columns[:, None], inverse, mask=inside)
+    covariances += component * d * d
+    factors += component * d * d
+    rows, index = tl.arange(0, D), tl.arange(0, BLOCK)
+    inside = (rows < d)[:, None] & (rows < d)[None, :]
+    at = rows[:, None] * d + rows[None, :]
+    below = rows[:, None] // BLOCK >= rows[None, :] // BLOCK
+    rest = tl.load(covariances + at, mask=inside & below, other=0)
+    log_of_det = tl.sum(tl.zeros([BLOCK], tl.float64))
+    any_singular = tl.sum(tl.zeros([BLOCK], tl.int32))
+    for first in range(0, D, BLOCK):
+        # Blocks are cut out of a tile by way of memory.
+        tl.store(factors + at, rest, mask=inside & (rows >= first)[None, :])
+        tl.debug_barrier()
+        columns = first + index
+        mask = (columns < d)[:, None] & (columns < d)[None, :]
+        eye = tl.where(index[:, None] == index[None, :], 1.0, 0.0).to(tl.float64)
+        own = tl.where(mask, tl.load(factors + columns[:, None] * d + columns[None, :], mask=mask, other=0), eye)
+        diagonal = tl.load(covariances + columns * (d + 1), mask=columns < d, other=1)
+        inverse, block_log_det, block_singular = _inverse_cholesky(own, diagonal, d, BLOCK)
+        log_of_det += block_log_det
+        any_singular = tl.maximum(any_singular, block_singular)
+        mask = (rows < d)[:, None] & (columns < d)[None, :]
+        block = tl.load(factors + rows[:, None] * d + columns[None, :], mask=mask, other=0)
+        here = ((rows >= first) & (rows < first + BLOCK))[:, None]
+        block = tl.where(here, tl.where(rows[:, None] == columns[None, :], 1.0, 0.0), block)
+        made = tl.dot(block, tl.trans(inverse), out_dtype=tl.float64)
+        lower = tl.where((rows >= first + BLOCK)[:, None], made, 0.0)
+        tl.debug_barrier()
+        tl.store(factors + rows[:, None] * d + columns[None, :], made - lower, mask=mask)
+        lost = tl.dot(made, tl.trans(lower), out_dtype=tl.float64)
+        rest -= tl.where(below | (rows < first + BLOCK)[:, None], lost, 0.0)
     tl.store(log_det + component, -log_of_det)
-    tl.store(singular + component, is_singular)
+    tl.store(singular + component, any_singular)
 
 
 @triton.jit
@@ -298,19 +325,22 @@ def decide(
     )
 
 
-@triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["stop"])
+@triton.jit(do_not_specialize=["width", "ld"], do_not_specialize_on_alignment=["stop"])
 def _operands_kernel(
     stop,
     products,
     constants,
     slopes,
+    centres,
     hi,
     lo,
     unit,
     out_constants,
     out_slopes,
+    out_centres,
     gain,
     width,
+    ld,
     BLOCK: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -344,6 +374,10 @@ def _operands_kernel(
     tl.store(unit + component, (tl.load(gain) / scale).to(dtype))
     tl.store(out_constants + component, (tl.load(constants + component) * LOG2_E).to(dtype))
     tl.store(out_slopes + component, (tl.load(slopes + component) * LOG2_E).to(dtype))
+    for start in range(0, ld, BLOCK):
+        inside = start + index < ld
+        centre = tl.load(centres + component * ld + start + index, mask=inside, other=0)
+        tl.store(out_centres + component * ld + start + index, centre.to(dtype), mask=inside)
 
 
 def room_for_operands(natural: Natural, data: Data) -> Operands:
@@ -352,7 +386,7 @@ def room_for_operands(natural: Natural, data: Data) -> Operands:
     hi = torch.empty((k, width), dtype=data.hi.dtype, device=device)
     lo = hi if data.exact else torch.empty_like(hi)
     unit, constants, slopes = (torch.empty(k, dtype=data.dtype, device=device) for _ in range(3))
-    return Operands(hi, lo, unit, constants, slopes, natural.centres)
+    return Operands(hi, lo, unit, constants, slopes, torch.empty_like(natural.centres, dtype=data.dtype))
 
 
 def fill_operands(operands: Operands, natural: Natural, gain: torch.Tensor, exact: bool, stop: torch.Tensor) -> None:
@@ -361,8 +395,9 @@ def fill_operands(operands: Operands, natural: Natural, gain: torch.Tensor, exac
     launch(
         _operands_kernel,
         (k,),
-        *(stop, natural.products, natural.constants, natural.slopes),
-        *(operands.hi, operands.lo, operands.unit, operands.constants, operands.slopes, gain, width),
+        *(stop, natural.products, natural.constants, natural.slopes, natural.centres),
+        *(operands.hi, operands.lo, operands.unit, operands.constants, operands.slopes, operands.centres),
+        *(gain, width, natural.centres.shape[1]),
         BLOCK=256,
         EXACT=exact,
     )

@@ -88,21 +88,34 @@ class Features:
         memory.
         """
         D, products = padded(self.ld), self.kind == "products"
-        BLOCK_K = min(padded(k), 16 if exact else 64)
+        BLOCK_K, BLOCK_D = min(padded(k), 16 if exact else 64), 16 if products else min(D, 64)
+        num_stages = 2
         if kernel == "accumulate":
             while BLOCK_K > 16 and BLOCK_K * self.sums > FUSED_SUMS:
                 BLOCK_K //= 2
-            BLOCK_N = 16 if exact or products or BLOCK_K * self.sums >= FUSED_SUMS else 32
+            BLOCK_N = 16 if exact or products else 64
             num_warps = 8 if products or D > 64 else 4
+            if (products and exact) or (self.kind == "squares" and BLOCK_K == D == 64):
+                num_stages = 1
+        elif D == 128 and not exact and self.kind != "squares":
+            BLOCK_D, BLOCK_N, num_warps = 128, 64, 4
         else:
             BLOCK_N = 32 if exact else 128
             num_warps = 8 if BLOCK_K == 64 else 4
-        blocks = dict(BLOCK_K=BLOCK_K, BLOCK_D=16 if products else min(D, 64), BLOCK_N=BLOCK_N)
-        num_stages = 1 if exact and products else 2
+        blocks = dict(BLOCK_K=BLOCK_K, BLOCK_D=BLOCK_D, BLOCK_N=BLOCK_N)
         return dict(D=D, Q=padded(self.width - self.ld), **blocks, num_warps=num_warps, num_stages=num_stages)
 
 
-def centred_tiles(exact: bool, d: int) -> dict[str, int]:
-    """Sizes of tiles, and warps, where rows are centred. They compile on every architecture of the gate."""
+def centred_tiles(kernel: str, exact: bool, d: int) -> dict[str, int]:
+    """Sizes of tiles, and warps, where rows are centred. They compile on every architecture of the gate.
+
+    `logits` keeps the factors of BLOCK_K components for BLOCKS blocks of rows, where they fit on the chip.
+    """
     D, block = padded(d), 32 if exact else 64
+    if kernel == "logits":
+        resident = D <= 64 or (D == 128 and not exact)
+        few = dict(BLOCK_K=4 if D <= 64 and not exact else 1, BLOCKS=8 if resident else 1)
+        return dict(D=D, BLOCK_D=min(D, block), BLOCK_N=block, num_warps=4, num_stages=2 if resident else 1, **few)
+    if kernel == "scatter" and not exact and D == 128:
+        return dict(D=D, BLOCK_D=128, BLOCK_N=64, num_warps=8)
     return dict(D=D, BLOCK_D=min(D, block), BLOCK_N=block, num_warps=4)

@@ -20,6 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from gaussmix_kernels import _em, _kmeans, _launch, _prepass, _sizes
+from gaussmix_kernels._features import Operands
+from gaussmix_kernels._instructions import count
 from gaussmix_kernels._parameters import Natural, Parameters, Settings, decide, fill_operands, room_for_operands
 
 TYPES = ("full", "tied", "diag", "spherical")
@@ -29,7 +31,11 @@ ROWS = 5000
 
 # Bytes of shared memory that a program may have, by architecture.
 SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
+# Bytes of stack above which registers have spilled, and the share of the instructions within loops that may then access
+# it. A processor issues four instructions a clock and its cache serves one of them: below a quarter, spilling costs the
+# instructions that it takes, which the floors count.
 STACK = 128
+SPILLED = 1 / 6
 # The tensor-core instruction that a product of float16 or float64 tiles is to become; small tiles take the warp's.
 INSTRUCTIONS = {
     (80, False): ("mma.sync",),
@@ -51,19 +57,22 @@ CARRIED = re.compile(r"(tt\.dot|ttng\.warp_group_dot) %\S+, %\S+, %arg\d+")
 PRODUCTS = ("_accumulate_kernel", "_normalize_kernel", "_responsibilities_kernel", "_logits_kernel", "_scatter_kernel")
 
 
-class _Offline:
+class Offline:
     """A driver for compiling alone: it names the architecture, and has no device."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
 
     def get_current_target(self) -> GPUTarget:
+        """The architecture."""
         return GPUTarget("cuda", self.architecture, 32)
 
     def get_current_device(self) -> int:
-        return self.architecture  # Triton keeps compiled kernels by device
+        """A device for each architecture: Triton keeps compiled kernels by device."""
+        return self.architecture
 
     def get_current_stream(self, device: int) -> int:
+        """None is needed."""
         return 0
 
 
@@ -100,36 +109,47 @@ def cases() -> Iterator[Case]:
             yield Case(name, kind, exact, d, k)
 
 
-def launch_all(case: Case) -> None:
-    """Launch each kernel of a case on tensors without storage."""
-    (d, k), n = (case.d, case.k), ROWS
-    real = torch.float64 if case.exact else torch.float32
+def _room(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """A tensor without storage."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
-    def room(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
-    x = room(n, d, dtype=real)
-    _prepass.measure(x, None)
-    converted = _prepass.convert(x, room(d), room(d), exact=case.exact)
-    data = _prepass.Data(*converted, room(d), room(d), None, float(n), 1.0)
+def _start(case: Case, n: int) -> tuple[_em.EM, Parameters, Natural, Operands, Settings]:
+    """EM of n rows without storage, and what its iterations begin with."""
+    d, k = case.d, case.k
+    halves = _room(n, _sizes.Features(case.kind, d).ld, dtype=torch.float64 if case.exact else torch.float16)
+    squares = _room(n, dtype=torch.float64 if case.exact else torch.float32)
+    data = _prepass.Data(halves, halves, squares, _room(d), _room(d), None, float(n), 1.0)
     em = _em.EM(data, case.type, case.kind)
     shape = em.type.shape(k, d)
-    parameters = Parameters(room(k), room(k, d), room(*shape), room(*shape))
+    parameters = Parameters(_room(k), _room(k, d), _room(*shape), _room(*shape))
     natural = Natural.of(k, data, case.kind)
-    operands = room_for_operands(natural, data)
-    settings = Settings.of(data)
-    fill_operands(operands, natural, room(1), case.exact, em.step.never)
+    return em, parameters, natural, room_for_operands(natural, data), Settings.of(data)
+
+
+def launch_all(case: Case) -> None:
+    """Launch each kernel of a case on tensors without storage."""
+    x = _room(ROWS, case.d, dtype=torch.float64 if case.exact else torch.float32)
+    _prepass.measure(x, None)
+    _prepass.convert(x, _room(case.d), _room(case.d), exact=case.exact)
+    em, parameters, natural, operands, settings = _start(case, ROWS)
     statistics, evidence = em.step.expect(operands)
     em.step.normalize(operands)
     em.step.labels(operands)
     em.step.responsibilities(operands)
-    labels = room(n, dtype=torch.int32)
-    em.assign(labels, room(k, d))
-    em.type.maximize(statistics, parameters, parameters, natural, data, settings, em.step.never)
-    stop, bounds = room(2, dtype=torch.int32), room(2)
+    em.assign(_room(ROWS, dtype=torch.int32), parameters.means)
+    em.type.maximize(statistics, parameters, parameters, natural, em.data, settings, em.step.never)
+    stop, bounds = _room(2, dtype=torch.int32), _room(2)
     decide(stop, bounds, settings, evidence, natural.shared, parameters, parameters, natural, 0)
+    fill_operands(operands, natural, _room(1), case.exact, em.step.never)
     if case.kind == "none":
-        _kmeans.nearest(data, room(k, d))
+        _kmeans.nearest(em.data, parameters.means)
+
+
+def launch_iteration(case: Case, n: int) -> None:
+    """Launch the kernels of one iteration on n rows without storage."""
+    em, parameters, natural, operands, settings = _start(case, n)
+    em.iterate(parameters, parameters, natural, operands, settings, _room(2, dtype=torch.int32), _room(2), 0)
 
 
 def check(name: str, architecture: int, meta: dict[str, Any], compiled: Any) -> Report:
@@ -142,7 +162,9 @@ def check(name: str, architecture: int, meta: dict[str, Any], compiled: Any) -> 
     excuse = ""
     if stack > STACK:
         excuse = next((reason for reason, holds in EXCUSES if holds(architecture, exact, meta)), "")
-        violations += [] if excuse else [f"stack of {stack} bytes"]
+        code = count(compiled.asm["cubin"])
+        if not excuse and code.spilled > SPILLED * sum(code.counts[1:]):
+            violations.append(f"stack of {stack} bytes, which {code.spilled} instructions in loops access")
     if shared > SHARED[architecture]:
         violations.append(f"{shared} bytes of shared memory")
     if name in PRODUCTS and "D" in meta and not any(i in ptx for i in INSTRUCTIONS[architecture, exact]):
@@ -171,14 +193,15 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 def compile_cases(architecture: int, some: list[Case]) -> list[Report]:
     """Reports on the distinct kernels of these cases."""
-    driver.set_active(_Offline(architecture))
+    driver.set_active(Offline(architecture))
     reports: dict[int, Report] = {}
     kept = []
 
-    def seen(kernel: Any, meta: dict[str, Any], compiled: Any) -> None:
+    def seen(kernel: Any, _: Any, arguments: dict[str, Any], options: dict[str, Any], compiled: Any) -> None:
         if id(compiled) not in reports:
             kept.append(compiled)
-            reports[id(compiled)] = check(kernel.__name__, architecture, meta, compiled)
+            constants = {name: value for name, value in arguments.items() if name.isupper()}
+            reports[id(compiled)] = check(kernel.__name__, architecture, options | constants, compiled)
 
     with _launch.compiling(seen):
         for case in some:

@@ -75,7 +75,7 @@ class _Work:
     """The E-step's and the statistics' share of an iteration."""
 
     flops: int  # of the products, each counted once
-    tensor_flops: int  # the same as the tensor cores see them: 2 or 3 products of halves for one
+    tensor_flops: int  # the same as the tensor cores see them: 3 products of halves for one
     bytes: int
     launches: int
     scratch: int  # bytes of partial sums, log-normalisers and logits
@@ -175,13 +175,17 @@ def _features(n: int, d: int, k: int, exact: bool, kind: str) -> _Work:
     return _Work(flops, 3 * flops, moved, 2 if fused else 3, scratch, features.width + 2, features.width)
 
 
+def centred_flops(kernel: str, n: int, d: int, k: int, exact: bool) -> int:
+    """Operations of the products of "logits" or "scatter", each counted once: a triangle of the blocks of a matrix."""
+    tiles = _sizes.centred_tiles(kernel, exact, d)
+    blocks = tiles["D"] // tiles["BLOCK_D"]
+    return n * k * tiles["D"] * tiles["BLOCK_D"] * (blocks + 1)  # 2 n k D^2, of which (blocks + 1) / (2 blocks)
+
+
 def _centred(n: int, d: int, k: int, exact: bool) -> _Work:
     """Centred rows, in chunks whose logits stay in the cache; a triangle of the blocks of each matrix is computed."""
     item, ld = (8 if exact else 4), _sizes.multiple(d, 16)
-    tiles = _sizes.centred_tiles(exact, d)
-    tile, block = tiles["D"], tiles["BLOCK_D"]
-    blocks = tile // block
-    one = n * k * tile * block * (blocks + 1)  # 2 n k tile^2, of which (blocks + 1) / (2 blocks)
+    flops = sum(centred_flops(kernel, n, d, k, exact) for kernel in ("logits", "scatter"))
     chunk = min(_sizes.chunk_rows(k, item), n)
     chunks = ceil(n / chunk)
     slab = _sizes.slab_rows(chunk, SLAB_TILE, max(1, _sizes.PROGRAMS // k))
@@ -190,4 +194,4 @@ def _centred(n: int, d: int, k: int, exact: bool) -> _Work:
     # Rows are read twice; of each chunk, partial sums are written and read, and their total read and written.
     moved = n * (2 * ld * item + 2 * item) + chunks * (2 * partial + 16 * k * columns)
     scratch = partial + min(chunks, 2) * k * chunk * item + n * item
-    return _Work(2 * one, (5 if blocks == 1 else 6) * one, moved, 4 * chunks + 1, scratch, columns, ld * ld)
+    return _Work(flops, 3 * flops, moved, 4 * chunks + 1, scratch, columns, ld * ld)

@@ -10,6 +10,7 @@ import pytest
 import triton
 
 from gaussmix_kernels import gate
+from gaussmix_kernels._instructions import Code
 
 SAMPLE = """
 import json, sys
@@ -50,9 +51,19 @@ CLEAN = "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16"
 
 
 def checked(
-    monkeypatch, *, ptx=CLEAN, ttgir="", stack=0, shared=1024, architecture=90, exact=False, kernel="_accumulate_kernel"
+    monkeypatch,
+    *,
+    ptx=CLEAN,
+    ttgir="",
+    stack=0,
+    spilled=0,
+    shared=1024,
+    architecture=90,
+    exact=False,
+    kernel="_accumulate_kernel",
 ):
     monkeypatch.setattr(gate, "resources", lambda cubin: (64, stack))
+    monkeypatch.setattr(gate, "count", lambda cubin: Code((100, 60), tensor=0, spilled=spilled, barriers=0))
     compiled = SimpleNamespace(asm={"ptx": ptx, "ttgir": ttgir, "cubin": b""}, metadata=SimpleNamespace(shared=shared))
     meta = dict(D=16, Q=16, BLOCK_K=16, BLOCK_D=16, BLOCK_N=32, EXACT=exact, KIND="norm", num_warps=4)
     return gate.check(kernel, architecture, meta, compiled)
@@ -62,6 +73,7 @@ def test_a_clean_kernel_has_no_violations(monkeypatch):
     report = checked(monkeypatch, stack=gate.STACK, shared=gate.SHARED[90])
     assert report.violations == ()
     assert (report.registers, report.stack, report.shared) == (64, gate.STACK, gate.SHARED[90])
+    assert checked(monkeypatch, stack=gate.STACK + 8, spilled=10).violations == ()
     assert checked(monkeypatch, ptx="ld.global", kernel="_convert_kernel").violations == ()
     assert checked(monkeypatch, ptx="mma.sync .tf32", exact=True).violations == ()
     assert checked(monkeypatch, ptx=CLEAN + " atom.global.add.u32").violations == ()
@@ -72,7 +84,7 @@ def test_a_clean_kernel_has_no_violations(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "violation"),
     [
-        (dict(stack=gate.STACK + 8), f"stack of {gate.STACK + 8} bytes"),
+        (dict(stack=gate.STACK + 8, spilled=11), f"stack of {gate.STACK + 8} bytes, which 11 instructions"),
         (dict(shared=gate.SHARED[90] + 1), f"{gate.SHARED[90] + 1} bytes of shared memory"),
         (dict(shared=gate.SHARED[120] + 1, architecture=120, ptx="mma.sync"), "bytes of shared memory"),
         (dict(ptx="fma.rn.f32"), "none of"),
