@@ -137,7 +137,9 @@ def products(kernel: str, arguments: dict[str, Any]) -> int:
         return 0
     if kernel in ("_logits_kernel", "_scatter_kernel"):
         blocks = a["D"] // a["BLOCK_D"]
-        return one * a["n"] * a["k"] * a["D"] * a["BLOCK_D"] * (blocks + 1) // 2
+        together = a["BLOCK_K"] if kernel == "_scatter_kernel" else 1
+        k = _sizes.multiple(a["k"], together) * together
+        return one * a["n"] * k * a["D"] * a["BLOCK_D"] * (blocks + 1) // 2
     features = a["D"] + (a["Q"] if a["KIND"] in ("squares", "products") else 0)
     often = 2 if kernel == "_accumulate_kernel" else 1
     return often * one * a["n"] * _sizes.multiple(a["k"], a["BLOCK_K"]) * features

@@ -43,12 +43,6 @@ def _factor_block(u_hi, u_lo, component, left, right, ld, BLOCK_D: tl.constexpr)
     return tl.load(u_hi + at, mask=mask, other=0), tl.load(u_lo + at, mask=mask, other=0)
 
 
-@triton.jit
-def _centred(x, centres, component, columns, ld):
-    """X' - mu'; of rows that there are not, -mu'."""
-    return x - tl.load(centres + component * ld + columns, mask=columns < ld, other=0)[None, :]
-
-
 @triton.jit(do_not_specialize=["start", "n", "k"], do_not_specialize_on_alignment=["stop"])
 def _logits_kernel(
     stop,
@@ -178,9 +172,14 @@ def _scatter_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Scatter of a component about its centre, for a slab of rows of the chunk and a pair of blocks of features."""
+    """Scatter of components about their centres, for a slab of rows of the chunk and a pair of blocks of features.
+
+    Components of few features stand side by side in a tile that is wide enough for the tensor cores; of their products,
+    those of a component with itself are kept.
+    """
     if tl.load(stop) != 0:
         return
     N_BLOCKS: tl.constexpr = D // BLOCK_D
@@ -189,48 +188,62 @@ def _scatter_kernel(
     if left > right:
         return
     dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
-    component = tl.program_id(0).to(tl.int64)
-    left_columns = left * BLOCK_D + tl.arange(0, BLOCK_D)
-    right_columns = right * BLOCK_D + tl.arange(0, BLOCK_D)
-    count = tl.zeros([BLOCK_N], dtype)
+    index = tl.arange(0, BLOCK_K)
+    place = tl.arange(0, BLOCK_K * BLOCK_D) // BLOCK_D
+    # The last component may be there several times, with the same sums.
+    of = tl.minimum(tl.program_id(0) * BLOCK_K + place, k - 1).to(tl.int64)
+    left_columns = left * BLOCK_D + tl.arange(0, BLOCK_K * BLOCK_D) % BLOCK_D
+    right_columns = right * BLOCK_D + tl.arange(0, BLOCK_K * BLOCK_D) % BLOCK_D
+    left_centre = tl.load(centres + of * ld + left_columns, mask=left_columns < ld, other=0)
+    counts = tl.zeros([BLOCK_N, BLOCK_K], dtype)
     # A thread holds every sixteenth row: sums of those stay in it, and the rest is added once, at the end.
-    first_moments = tl.zeros([16, BLOCK_D], dtype)
-    scatter = tl.zeros([BLOCK_D, BLOCK_D], dtype)
+    first_moments = tl.zeros([16, BLOCK_K * BLOCK_D], dtype)
+    scatter = tl.zeros([BLOCK_K * BLOCK_D, BLOCK_K * BLOCK_D], dtype)
     first = tl.program_id(1).to(tl.int64) * slab
     last = tl.minimum(first + slab, n)
+    rows = tl.arange(0, BLOCK_N)
     for block in range(0, tl.cdiv(last - first, BLOCK_N)):
         row = first + block * BLOCK_N
-        rows = tl.arange(0, BLOCK_N)
         valid = rows < last - row
         x_hi, x_lo = hi + (start + row) * ld, lo + (start + row) * ld
-        if labels is not None:
-            r = tl.where(tl.load(labels + start + row + rows, mask=valid, other=-1) == component, 1.0, 0.0).to(dtype)
-        else:
-            logit = tl.load(logits + component * n + row + rows, mask=valid, other=-1e30)
-            r = tl.where(valid, tl.exp2(logit - tl.load(normalizer + start + row + rows, mask=valid, other=0)), 0)
-        if weight is not None:
-            r *= tl.load(weight + start + row + rows, mask=valid, other=0)
-        root = tl.sqrt(r)
-        x = _rows(x_hi, x_lo, rows, valid, left_columns, ld, EXACT)
-        z = _centred(x, centres, component, left_columns, ld) * root[:, None]
-        count += r
-        first_moments += tl.sum(tl.reshape(z * root[:, None], (BLOCK_N // 16, 16, BLOCK_D)), axis=0)
+        root = tl.zeros([BLOCK_N, BLOCK_K * BLOCK_D], dtype)
+        for i in tl.static_range(BLOCK_K):
+            component = tl.minimum(tl.program_id(0) * BLOCK_K + i, k - 1).to(tl.int64)
+            if labels is not None:
+                label = tl.load(labels + start + row + rows, mask=valid, other=-1)
+                r = tl.where(label == component, 1.0, 0.0).to(dtype)
+            else:
+                logit = tl.load(logits + component * n + row + rows, mask=valid, other=-1e30)
+                r = tl.exp2(logit - tl.load(normalizer + start + row + rows, mask=valid, other=0))
+                r = tl.where(valid, r, 0)
+            if weight is not None:
+                r *= tl.load(weight + start + row + rows, mask=valid, other=0)
+            counts += tl.where(index[None, :] == i, r[:, None], 0)
+            if BLOCK_K == 1:
+                root = tl.sqrt(r)[:, None]
+            else:
+                root = tl.where(place[None, :] == i, tl.sqrt(r)[:, None], root)
+        z = (_rows(x_hi, x_lo, rows, valid, left_columns, ld, EXACT) - left_centre[None, :]) * root
+        first_moments += tl.sum(tl.reshape(z * root, (BLOCK_N // 16, 16, BLOCK_K * BLOCK_D)), axis=0)
         z_hi, z_lo = _split(z, EXACT)
         y_hi, y_lo = z_hi, z_lo
         if N_BLOCKS > 1:
-            y = _rows(x_hi, x_lo, rows, valid, right_columns, ld, EXACT)
-            y = _centred(y, centres, component, right_columns, ld) * root[:, None]
+            right_centre = tl.load(centres + of * ld + right_columns, mask=right_columns < ld, other=0)
+            y = (_rows(x_hi, x_lo, rows, valid, right_columns, ld, EXACT) - right_centre[None, :]) * root
             y_hi, y_lo = _split(y, EXACT)
         scatter = _add_product(scatter, tl.trans(z_hi), tl.trans(z_lo), y_hi, y_lo, EXACT)
-    out = sums + (tl.program_id(1).to(tl.int64) * k + component) * (ld * ld + ld + 1)
-    inside = (left_columns < ld)[:, None] & (right_columns < ld)[None, :]
-    tl.store(out + left_columns[:, None] * ld + right_columns[None, :], scatter, mask=inside)
+    out = sums + (tl.program_id(1).to(tl.int64) * k + of) * (ld * ld + ld + 1)
+    inside = (left_columns < ld)[:, None] & (right_columns < ld)[None, :] & (place[:, None] == place[None, :])
+    tl.store(out[:, None] + left_columns[:, None] * ld + right_columns[None, :], scatter, mask=inside)
     if left == right:
         tl.store(out + ld * ld + left_columns, tl.sum(first_moments, axis=0), mask=left_columns < ld)
         if left == 0:
-            tl.store(out + ld * ld + ld, tl.sum(count))
+            component = tl.minimum(tl.program_id(0) * BLOCK_K + index, k - 1)
+            out_counts = sums + (tl.program_id(1).to(tl.int64) * k + component) * (ld * ld + ld + 1) + ld * ld + ld
+            tl.store(out_counts, tl.sum(counts, axis=0))
     else:
-        tl.store(out + right_columns[:, None] * ld + left_columns[None, :], tl.trans(scatter), mask=tl.trans(inside))
+        at = right_columns[:, None] * ld + left_columns[None, :]
+        tl.store(out[:, None] + at, tl.trans(scatter), mask=tl.trans(inside))
 
 
 @dataclass(frozen=True)
@@ -359,7 +372,7 @@ class Step:
         sums = torch.empty((n_slabs, k, ld * ld + ld + 1), dtype=data.dtype, device=data.hi.device)
         launch(
             _scatter_kernel,
-            (k, n_slabs, (tile["D"] // tile["BLOCK_D"]) ** 2),
+            (-(-k // tile["BLOCK_K"]), n_slabs, (tile["D"] // tile["BLOCK_D"]) ** 2),
             *(stop, data.hi, data.lo, data.weight, centres, logits, normalizer, labels, sums, start, rows, slab, k, ld),
             EXACT=data.exact,
             **tile,

@@ -91,7 +91,7 @@ class Features:
         BLOCK_K, BLOCK_D = min(padded(k), 16 if exact else 64), 16 if products else min(D, 64)
         num_stages = 2
         if kernel == "accumulate":
-            while BLOCK_K > 16 and BLOCK_K * self.sums > FUSED_SUMS:
+            while BLOCK_K > 16 and BLOCK_K * self.sums > FUSED_SUMS * (2 if D == 128 else 1):
                 BLOCK_K //= 2
             BLOCK_N = 16 if exact or products else 64
             num_warps = 8 if products or D > 64 else 4
@@ -116,6 +116,7 @@ def centred_tiles(kernel: str, exact: bool, d: int) -> dict[str, int]:
         resident = D <= 64 or (D == 128 and not exact)
         few = dict(BLOCK_K=4 if D <= 64 and not exact else 1, BLOCKS=8 if resident else 1)
         return dict(D=D, BLOCK_D=min(D, block), BLOCK_N=block, num_warps=4, num_stages=2 if resident else 1, **few)
-    if kernel == "scatter" and not exact and D == 128:
-        return dict(D=D, BLOCK_D=128, BLOCK_N=64, num_warps=8)
-    return dict(D=D, BLOCK_D=min(D, block), BLOCK_N=block, num_warps=4)
+    if D == 128 and not exact:
+        return dict(D=D, BLOCK_D=128, BLOCK_N=64, BLOCK_K=1, num_warps=8)
+    together = 1 if exact else max(1, 64 // D)  # as many columns as the tensor cores have tiles for
+    return dict(D=D, BLOCK_D=min(D, block), BLOCK_N=block, BLOCK_K=together, num_warps=4)

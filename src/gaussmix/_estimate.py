@@ -179,7 +179,11 @@ def centred_flops(kernel: str, n: int, d: int, k: int, exact: bool) -> int:
     """Operations of the products of "logits" or "scatter", each counted once: a triangle of the blocks of a matrix."""
     tiles = _sizes.centred_tiles(kernel, exact, d)
     blocks = tiles["D"] // tiles["BLOCK_D"]
-    return n * k * tiles["D"] * tiles["BLOCK_D"] * (blocks + 1)  # 2 n k D^2, of which (blocks + 1) / (2 blocks)
+    one = n * tiles["D"] * tiles["BLOCK_D"] * (blocks + 1)  # 2 n D^2, of which (blocks + 1) / (2 blocks)
+    together = (
+        tiles["BLOCK_K"] if kernel == "scatter" else 1
+    )  # components of a tile, multiplied with each other as well
+    return one * _sizes.multiple(k, together) * together
 
 
 def _centred(n: int, d: int, k: int, exact: bool) -> _Work:
