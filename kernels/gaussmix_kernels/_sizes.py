@@ -6,7 +6,7 @@ from dataclasses import dataclass
 MOST_SLAB_ROWS = 4096
 # Programs that fill a large GPU once: four for each of 132 processors.
 PROGRAMS = 528
-# Sums that a program of the fused step keeps in registers.
+# Sums that four warps of the fused step keep in registers.
 FUSED_SUMS = 8192
 # Bytes of logits that stay in the L2 cache between the kernels of full covariances.
 CHUNK_BYTES = 24 * 2**20
@@ -91,10 +91,11 @@ class Features:
         BLOCK_K, BLOCK_D = min(padded(k), 16 if exact else 64), 16 if products else min(D, 64)
         num_stages = 2
         if kernel == "accumulate":
-            while BLOCK_K > 16 and BLOCK_K * self.sums > FUSED_SUMS * (2 if D == 128 else 1):
+            num_warps = 8 if products or D > 64 else 4
+            most = FUSED_SUMS * (2 if D == 128 else 1)  # eight warps; wider tiles spill
+            while BLOCK_K > 16 and BLOCK_K * self.sums > most:
                 BLOCK_K //= 2
             BLOCK_N = 16 if exact or products else 64
-            num_warps = 8 if products or D > 64 else 4
             if (products and exact) or (self.kind == "squares" and BLOCK_K == D == 64):
                 num_stages = 1
         elif D == 128 and not exact and self.kind != "squares":
