@@ -9,22 +9,28 @@ the data sheet's rates. Nothing here was measured.
     python benchmarks/floor.py --only "[1M, 64, 64] full"
 """
 
+from __future__ import annotations
+
 import argparse
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import ceil
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-import torch
-import triton
-from triton.runtime import driver
+MISSING = [name for name in ("torch", "triton") if not find_spec(name)]
+if not MISSING:
+    import torch
+    import triton
+    from triton.runtime import driver
 
-import gaussmix
-from gaussmix_kernels import _em, _launch, _sizes, gate
-from gaussmix_kernels._instructions import Code, count
+    import gaussmix
+    from gaussmix_kernels import _em, _launch, _sizes, gate
+    from gaussmix_kernels._instructions import Code, count
 
 CELLS = {
     "[10k, 8, 4]": (10_000, 8, 4),
@@ -35,7 +41,7 @@ CELLS = {
 TYPES = ("spherical", "tied", "diag", "full")
 # Kernels without products run for microseconds, or, like the sums, wait for memory: they have no issue floor here. The
 # factor of one matrix does: d steps that wait for each other, in one program.
-COUNTED = {*gate.PRODUCTS, "_factor_kernel"}
+COUNTED = set() if MISSING else {*gate.PRODUCTS, "_factor_kernel"}
 SCHEDULERS = 4
 
 
@@ -224,6 +230,8 @@ def main() -> None:
         "--only", default="", help="cells and types whose name has this in it, such as '[1M, 64, 64] full'"
     )
     only = parser.parse_args().only
+    if MISSING:
+        sys.exit(f"floor.py: {', '.join(MISSING)} can not be imported; install gaussmix[test]")
     asked = [(cell, name, shape) for cell, shape in CELLS.items() for name in TYPES if only in f"{cell} {name}"]
     print(f"Triton {triton.__version__}, float32 data.\n")
     columns = [
