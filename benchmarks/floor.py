@@ -77,7 +77,6 @@ class Launch:
     bytes: int
     flops: int
     registers: int
-    stack: int
     shared: int
 
     @property
@@ -160,7 +159,7 @@ def iteration(covariance_type: str, n: int, d: int, k: int, architecture: int) -
 
     def seen(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any], made: Any) -> None:
         name, cubin = kernel.__name__, made.asm["cubin"]
-        registers, stack = gate.resources(cubin)
+        registers, _ = gate.resources(cubin)
         launches.append(
             Launch(
                 name,
@@ -171,7 +170,6 @@ def iteration(covariance_type: str, n: int, d: int, k: int, architecture: int) -
                 moved(arguments, n),
                 products(name, arguments),
                 registers,
-                stack,
                 int(made.metadata.shared),
             )
         )

@@ -21,12 +21,16 @@ class Code:
 
 def count(cubin: bytes) -> Code:
     """Count the instructions of a compiled kernel, as the disassembler that comes with Triton prints them."""
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "nvdisasm")
+    return parsed(printed_by("nvdisasm", "-c", cubin))
+
+
+def printed_by(tool: str, option: str, cubin: bytes) -> str:
+    """What one of the tools that come with Triton prints of a compiled kernel."""
+    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", tool)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        printed = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    return parsed(printed)
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def parsed(printed: str) -> Code:

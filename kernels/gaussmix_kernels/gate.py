@@ -6,9 +6,7 @@ Launchers run on tensors without storage, and `launch` compiles instead of launc
 import itertools
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from triton.runtime import driver
 
 from gaussmix_kernels import _em, _kmeans, _launch, _prepass, _sizes
 from gaussmix_kernels._features import Operands
-from gaussmix_kernels._instructions import count
+from gaussmix_kernels._instructions import count, printed_by
 from gaussmix_kernels._parameters import Natural, Parameters, Settings, decide, fill_operands, room_for_operands
 
 TYPES = ("full", "tied", "diag", "spherical")
@@ -181,11 +179,7 @@ def check(name: str, architecture: int, meta: dict[str, Any], compiled: Any) -> 
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers of a thread and bytes of its stack."""
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        printed = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    printed = printed_by("cuobjdump", "-res-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
     assert found is not None, printed
     return int(found[1]), int(found[2])

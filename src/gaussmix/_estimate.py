@@ -180,9 +180,8 @@ def centred_flops(kernel: str, n: int, d: int, k: int, exact: bool) -> int:
     tiles = _sizes.centred_tiles(kernel, exact, d)
     blocks = tiles["D"] // tiles["BLOCK_D"]
     one = n * tiles["D"] * tiles["BLOCK_D"] * (blocks + 1)  # 2 n D^2, of which (blocks + 1) / (2 blocks)
-    together = (
-        tiles["BLOCK_K"] if kernel == "scatter" else 1
-    )  # components of a tile, multiplied with each other as well
+    # Components side by side in a tile are multiplied with each other as well.
+    together = tiles["BLOCK_K"] if kernel == "scatter" else 1
     return one * _sizes.multiple(k, together) * together
 
 
